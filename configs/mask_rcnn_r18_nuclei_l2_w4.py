@@ -1,0 +1,7 @@
+# The L2 arm: 2:4 sparsity, 4-bit weights, relative L2 instead of cosine, on the nuclei data set.
+_base_ = ['./mask_rcnn_r18_nuclei_fp32.py', './_base_/recipes/l2_w4.py']
+model = dict(type='slope_mm.SlopeModel', arch='MaskRCNN', recipe=_base_.recipe)
+optim_wrapper = dict(
+    constructor='slope_mm.SlopeOptimWrapperConstructor', regularizer=_base_.regularizer
+)
+custom_hooks = _base_.slope_hooks

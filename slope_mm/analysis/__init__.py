@@ -1,0 +1,1 @@
+"""Reports, tables and pictures of a model or of a run."""

@@ -1,0 +1,99 @@
+"""How many bits a model takes when each part is stored as its kind allows. The one calculator.
+
+A compressed layer stores its codes (kept weights times bits), the index that says which weights
+are kept, its steps, and its bias; everything else stores its tensors as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from slope_mm.layers import CompressedLayer, LayerSpec
+from slope_mm.ops import step_shape
+
+STEP_BITS = 32
+SIGN_BITS = 8
+
+
+@dataclass(frozen=True)
+class StoredBits:
+    """Bits of one layer by what they hold."""
+
+    codes: int = 0
+    index: int = 0
+    steps: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.codes + self.index + self.steps + self.other
+
+
+def tensor_bits(tensor: Tensor) -> int:
+    """Bits of a tensor in its own dtype."""
+    return tensor.numel() * tensor.element_size() * 8
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The stock parameters and persistent buffers of a module itself, without its children's."""
+    buffers = [
+        (key, buffer)
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    ]
+    tensors = [*module.named_parameters(recurse=False), *buffers]
+    return [(key, tensor) for key, tensor in tensors if not key.startswith('slope_')]
+
+
+def dense_bits(module: nn.Module) -> int:
+    """Bits of a module's own stock tensors as they are (fp32 for a stock model)."""
+    return sum(tensor_bits(tensor) for _, tensor in own_tensors(module))
+
+
+def weight_bits(
+    shape: tuple[int, ...], spec: LayerSpec, output_axis: int, element_bits: int = 32
+) -> StoredBits:
+    """Bits of a weight under a spec, whether or not it is compressed yet.
+
+    Args:
+        shape: Shape of the weight.
+        spec: What it gets.
+        output_axis: Axis of per-channel steps.
+        element_bits: Bits of an element that is not quantized.
+    """
+    numel = 1
+    for size in shape:
+        numel *= size
+    kept = numel if spec.pattern is None else spec.pattern.kept(numel)
+    index = 0 if spec.pattern is None else spec.pattern.index_bits(numel)
+    codes = kept * (element_bits if spec.bits is None else spec.bits)
+    steps = 0
+    if spec.bits is not None:
+        steps = STEP_BITS
+        for size in step_shape(shape, output_axis if spec.step == 'channel' else None):
+            steps *= size
+    if spec.activation_bits is not None:
+        # The input's step and whether it has a sign.
+        steps += STEP_BITS + SIGN_BITS
+    return StoredBits(codes, index, steps)
+
+
+def stored_bits(module: nn.Module, spec: LayerSpec | None, output_axis: int = 0) -> StoredBits:
+    """Bits of a layer's own tensors when its weight is stored as ``spec`` says.
+
+    Args:
+        module: A compressed or a stock layer.
+        spec: Its spec; None where it stays as it is.
+        output_axis: Axis of per-channel steps (compressed layers know their own).
+    """
+    if isinstance(module, CompressedLayer):
+        spec, output_axis = module.slope_spec, module.output_axis
+    if spec is None:
+        return StoredBits(other=dense_bits(module))
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bits = weight_bits(tuple(weight.shape), spec, output_axis, weight.element_size() * 8)
+    other = sum(tensor_bits(t) for key, t in own_tensors(module) if key != 'weight')
+    return StoredBits(bits.codes, bits.index, bits.steps, other)

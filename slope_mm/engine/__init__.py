@@ -1,0 +1,33 @@
+"""The mmengine plug-ins. Importing this package registers them in mmengine's root registries."""
+
+from slope_mm.engine.calibration import calibrate
+from slope_mm.engine.checkpoint import install as install_checkpoint_loader
+from slope_mm.engine.hooks import (
+    EpochSeedHook,
+    SlopeCalibrationHook,
+    SlopeMonitorHook,
+    SlopeScheduleHook,
+)
+from slope_mm.engine.model import SlopeModel
+from slope_mm.engine.optim_wrapper import (
+    RegularizedOptimWrapper,
+    SlopeAmpOptimWrapper,
+    SlopeOptimWrapper,
+    SlopeOptimWrapperConstructor,
+)
+from slope_mm.engine.regularization import regularization
+
+__all__ = [
+    'EpochSeedHook',
+    'RegularizedOptimWrapper',
+    'SlopeAmpOptimWrapper',
+    'SlopeCalibrationHook',
+    'SlopeModel',
+    'SlopeMonitorHook',
+    'SlopeOptimWrapper',
+    'SlopeOptimWrapperConstructor',
+    'SlopeScheduleHook',
+    'calibrate',
+    'install_checkpoint_loader',
+    'regularization',
+]

@@ -1,0 +1,148 @@
+"""Finding the range and sign of every quantized input, equal on all ranks."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather, get_world_size
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slope_mm.convert import compressed_layers
+from slope_mm.layers import CompressedLayer
+from slope_mm.layers.activation import MAX_SAMPLES
+
+
+def uncalibrated_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """The compressed layers whose input quantizer has no range yet."""
+    return {n: layer for n, layer in compressed_layers(model).items() if not layer.calibrated}
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Scope after which BN statistics and all random states are exactly what they were."""
+    buffers = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module.buffers(recurse=False)
+    ]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[dict[str, CompressedLayer]]:
+    """Scope in which the uncalibrated layers of a model watch their inputs.
+
+    Their inputs pass unquantized meanwhile; calibrated layers go on quantizing. At the end the
+    ranges are pooled over all ranks and set.
+
+    Yields:
+        The layers that watch.
+    """
+    layers = uncalibrated_layers(model)
+    for layer in layers.values():
+        layer.begin_observing()
+    try:
+        yield layers
+    except BaseException:
+        for layer in layers.values():
+            layer.end_observing()
+        raise
+    _set_ranges(list(layers.values()))
+
+
+def _set_ranges(layers: list[CompressedLayer]) -> None:
+    """Pools what every rank saw, so that all ranks set the same steps."""
+    for layer in layers:
+        observer = layer.end_observing()
+        device = layer.weight.device
+        # One fixed-size message a layer: lowest value, number of samples, samples.
+        message = torch.zeros(MAX_SAMPLES + 2, device=device)
+        message[0] = float('inf')
+        if observer is not None and observer.low is not None:
+            samples = torch.cat(observer.samples)[:MAX_SAMPLES]
+            message[0], message[1] = observer.low, samples.numel()
+            message[2 : 2 + samples.numel()] = samples
+        messages = all_gather(message) if get_world_size() > 1 else [message]
+        pooled = torch.cat([m[2 : 2 + int(m[1])] for m in messages])
+        if pooled.numel():
+            lowest = min(float(m[0]) for m in messages)
+            layer.set_activation_range(pooled, signed=lowest < 0)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Calibrates the input quantizers of an mmengine model on batches of its training data.
+
+    The model runs its loss forward, in the mode that it is in; BN statistics and random states
+    are left as found. Layers that are calibrated already stay as they are.
+
+    Args:
+        model: A compressed mmengine model (not wrapped).
+        batches: Collated batches, as its dataloader gives them.
+
+    Returns:
+        The number of layers that were calibrated.
+    """
+    before = len(uncalibrated_layers(model))
+    if not before:
+        return 0
+    detector: Any = model
+    with undisturbed(model), observing(model):
+        for batch in batches:
+            data = detector.data_preprocessor(batch, True)
+            detector._run_forward(data, mode='loss')
+    return before - len(uncalibrated_layers(model))
+
+
+class FirstBatchCalibration:
+    """A forward pre-hook: calibrates what no hook calibrated, on the first training batch.
+
+    It runs inside DDP on every rank alike. A layer that the first batch did not reach (no
+    foreground) gets a few more chances, then calibrates itself on its own first input.
+    """
+
+    def __init__(self, attempts: int = 10) -> None:
+        self.attempts = attempts
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.attempts <= 0 or not is_training_forward(model, args, kwargs):
+            return
+        if not uncalibrated_layers(model):
+            self.attempts = 0
+            return
+        self.attempts -= 1
+        # Heads may write into the data samples.
+        args, kwargs = _copied_samples(args), _copied_samples(kwargs)
+        with undisturbed(model), observing(model):
+            model.forward(*args, **kwargs)
+
+
+def is_training_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether mmengine is about to compute a loss that will be trained on."""
+    mode = kwargs.get('mode', args[2] if len(args) > 2 else 'tensor')
+    return model.training and torch.is_grad_enabled() and mode == 'loss'
+
+
+def _copied_samples(container: Any) -> Any:
+    if isinstance(container, dict):
+        return {key: _copied_samples(value) for key, value in container.items()}
+    if isinstance(container, (list, tuple)):
+        return type(container)(_copied_samples(value) for value in container)
+    return container if isinstance(container, (Tensor, str)) else copy.deepcopy(container)

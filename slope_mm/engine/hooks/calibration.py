@@ -1,0 +1,70 @@
+"""Calibrates input quantizers before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from slope_mm.engine.calibration import calibrate, uncalibrated_layers
+from slope_mm.errors import ConfigError
+
+
+@HOOKS.register_module()
+class SlopeCalibrationHook(Hook):
+    """Finds the range and sign of every quantized input on a few training batches.
+
+    Note:
+        Images are taken straight from the training data set, evenly spread and different on every
+        rank, so neither the order of the training batches nor any random state changes. Ranges are
+        pooled over ranks. A resumed model is calibrated already and stays as it is. Without this
+        hook the first training batch calibrates.
+
+    Args:
+        batches (int): Batches per rank. Defaults to 4.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, batches: int = 4) -> None:
+        if not isinstance(batches, int) or batches < 1:
+            raise ConfigError(
+                f'SlopeCalibrationHook batches={batches!r} is not a number of batches >= 1'
+            )
+        self.batches = batches
+
+    def before_train(self, runner: Any) -> None:
+        """Calibrates what is not calibrated yet."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not uncalibrated_layers(model):
+            return
+        loader = runner.train_dataloader
+        if not hasattr(loader.dataset, '__getitem__') or not hasattr(loader.dataset, '__len__'):
+            runner.logger.warning(
+                'SlopeCalibrationHook: the training data cannot be indexed; the first training'
+                ' batch calibrates instead'
+            )
+            return
+        training = model.training
+        model.train()
+        done = calibrate(model, self._batches(loader))
+        model.train(training)
+        rest = uncalibrated_layers(model)
+        runner.logger.info(
+            f'SLOPE: calibrated the inputs of {done} layers on {self.batches} batches a rank'
+            + (f'; {len(rest)} saw no input yet: {", ".join(list(rest)[:5])}' if rest else '')
+        )
+
+    def _batches(self, loader: Any) -> Iterator[Any]:
+        size = int(loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1))
+        rank, world = get_rank(), get_world_size()
+        wanted = self.batches * size * world
+        length = len(loader.dataset)
+        for batch in range(self.batches):
+            first = (batch * world + rank) * size
+            indices = [(first + i) * length // wanted % length for i in range(size)]
+            yield loader.collate_fn([loader.dataset[index] for index in indices])

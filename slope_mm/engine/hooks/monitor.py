@@ -1,0 +1,116 @@
+"""Shows what compression does to the weights while they train."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from slope_mm.analysis.metrics import LayerMetrics, layer_metrics, summary
+from slope_mm.convert import compressed_layers
+from slope_mm.engine.audit import audit
+from slope_mm.engine.optim_wrapper import RegularizedOptimWrapper
+from slope_mm.errors import ConfigError
+from slope_mm.ops import flip_rate
+
+
+@HOOKS.register_module()
+class SlopeMonitorHook(Hook):
+    """Logs the state of the compression, and audits it in the first iteration.
+
+    Every ``interval`` iterations the mean and worst cosine, the mean SQNR (dB), the share of mask
+    entries that flipped since the last look, the clipped share and the weighted regularizer go to
+    the log and to every visualizer backend (``train/slope_*``). After each evaluation the work
+    directory gains rows in ``slope_layers.csv`` and a picture ``slope_layers.png``.
+
+    Note:
+        The audit of iteration 1 raises if a layer breaks its pattern or uses more than 2^bits
+        codes, and warns about layers that did not run.
+
+    Args:
+        interval (int): Iterations between two looks. Defaults to 50.
+        picture (bool): Draw ``slope_layers.png``. Defaults to True.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 50, picture: bool = True) -> None:
+        if not isinstance(interval, int) or interval < 1:
+            raise ConfigError(
+                f'SlopeMonitorHook interval={interval!r} is not a number of iterations >= 1'
+            )
+        self.interval, self.picture = interval, picture
+        self._masks: dict[str, Tensor] = {}
+        self._flips: dict[str, float] = {}
+        self._audited = False
+        self._evaluations = 0
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Audits once, then looks every ``interval`` iterations."""
+        if not self._audited:
+            self._audited = True
+            for warning in audit(_plain(runner.model)):
+                runner.logger.warning(warning)
+            self._look(runner)
+        elif self.every_n_train_iters(runner, self.interval):
+            self._look(runner)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Writes the CSV rows and the picture."""
+        layers = compressed_layers(_plain(runner.model))
+        if not layers or not is_main_process():
+            return
+        rows = [layer_metrics(name, layer) for name, layer in layers.items()]
+        self._evaluations += 1
+        self._append_csv(Path(runner.work_dir) / 'slope_layers.csv', runner, rows)
+        if self.picture:
+            from slope_mm.analysis.figures import draw_layers
+
+            title = f'after {runner.iter} iterations'
+            draw_layers(rows, Path(runner.work_dir) / 'slope_layers.png', title)
+            draw_layers(rows, Path(runner.work_dir) / f'slope_layers_iter_{runner.iter}.png', title)
+
+    def _look(self, runner: Any) -> None:
+        layers = compressed_layers(_plain(runner.model))
+        if not layers:
+            return
+        rows = []
+        for name, layer in layers.items():
+            rows.append(layer_metrics(name, layer))
+            mask = layer.mask
+            if mask is not None:
+                if name in self._masks:
+                    self._flips[name] = float(flip_rate(self._masks[name], mask))
+                self._masks[name] = mask.clone()
+        figures = summary(rows)
+        if self._flips:
+            figures['flip_rate'] = sum(self._flips.values()) / len(self._flips)
+        wrapper = runner.optim_wrapper
+        if isinstance(wrapper, RegularizedOptimWrapper) and wrapper.last_regularization is not None:
+            figures['loss'] = float(wrapper.last_regularization)
+        for key, value in figures.items():
+            runner.message_hub.update_scalar(f'train/slope_{key}', value)
+
+    def _append_csv(self, path: Path, runner: Any, rows: list[LayerMetrics]) -> None:
+        new = not path.exists()
+        with path.open('a', newline='') as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(['epoch', 'iter', *LayerMetrics.columns(), 'flip_rate'])
+            for row in rows:
+                flips = self._flips.get(row.name)
+                writer.writerow(
+                    [runner.epoch, runner.iter, *row.values(), '' if flips is None else flips]
+                )
+
+
+def _plain(model: Any) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,236 @@
+"""What the command-line tools share: flags to config, and everything that is checked beforehand.
+
+mmengine's Runner writes into the work directory as soon as it is built, so all of a user's
+mistakes that can be found are found before that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
+
+from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.fit import check_fit
+from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Runs a tool; a SlopeError ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except SlopeError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f'error: {error}\n')
+        raise SystemExit(2) from None
+
+
+def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Reads a config file and merges ``--cfg-options`` into it.
+
+    Raises:
+        ConfigError: If the file is missing or one of its bases is.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no config '{path}'; give the path of a config file")
+    try:
+        config = Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"config '{path}' inherits from a file that is missing: {error}"
+        ) from None
+    if options:
+        config.merge_from_dict(dict(options))
+    return config
+
+
+def set_work_dir(config: Config, path: str, work_dir: str | None) -> None:
+    """Chooses the work directory: the flag, the config's own, or ``work_dirs/<config name>``."""
+    if work_dir is not None:
+        config.work_dir = work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = str(Path('work_dirs') / Path(path).stem)
+
+
+def use_amp(config: Config) -> None:
+    """``--amp``: mmengine's mixed precision; the regularizer stays in fp32.
+
+    Raises:
+        ConfigError: Without a GPU (mmengine's AMP wrapper needs one).
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            '--amp needs a GPU: mmengine trains in mixed precision only there; leave the flag out'
+        )
+    kind = str(config.optim_wrapper.get('type', 'OptimWrapper'))
+    if kind.rsplit('.', 1)[-1].startswith('Slope'):
+        config.optim_wrapper.type = 'slope_mm.SlopeAmpOptimWrapper'
+    else:
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+    config.optim_wrapper.loss_scale = 'dynamic'
+
+
+def use_auto_scale_lr(config: Config) -> None:
+    """``--auto-scale-lr``: scales the learning rate to the batch size.
+
+    Raises:
+        ConfigError: If the config does not say which batch size its learning rate is for.
+    """
+    if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+        raise ConfigError(
+            '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=…) in the config'
+        )
+    config.auto_scale_lr.enable = True
+
+
+def use_resume(config: Config, resume: str | None) -> None:
+    """``--resume [auto|PATH]``: continues a run.
+
+    ``auto`` takes the newest checkpoint of the work directory; where there is none yet, training
+    starts as it would without the flag.
+    """
+    if resume is None:
+        return
+    if resume != 'auto':
+        config.resume, config.load_from = True, resume
+        return
+    latest = find_latest_checkpoint(config.work_dir) if os.path.isdir(config.work_dir) else None
+    if latest is not None:
+        config.resume, config.load_from = True, latest
+
+
+def build_runner(config: Config) -> Runner:
+    """Builds the runner that the config asks for."""
+    if 'runner_type' in config:
+        return RUNNERS.build(config)
+    return Runner.from_cfg(config)
+
+
+def check_before_training(config: Config) -> None:
+    """Refuses what would fail later, before anything is written.
+
+    Raises:
+        SlopeError: For a work directory that cannot be written, missing data, a model or recipe
+            that cannot be built, an optim wrapper without a regularizer, or a checkpoint that is
+            missing or belongs to another model.
+    """
+    check_work_dir(config.work_dir)
+    for loader in ('train_dataloader', 'val_dataloader'):
+        check_data(config.get(loader), loader)
+    model = build_model(config)
+    if config.get('load_from'):
+        check_checkpoint(model, config.load_from, complete=bool(config.get('resume')))
+
+
+def check_before_testing(config: Config, checkpoint: str) -> None:
+    """The same for an evaluation; the checkpoint has to fit completely.
+
+    Raises:
+        SlopeError: As :func:`check_before_training`.
+    """
+    check_work_dir(config.work_dir)
+    check_data(config.get('test_dataloader'), 'test_dataloader')
+    check_checkpoint(build_model(config), checkpoint, complete=True)
+
+
+def build_model(config: Config) -> nn.Module:
+    """Builds the config's model without loading weights.
+
+    Raises:
+        SlopeError: If the model section or its recipe is invalid.
+    """
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    if 'type' not in config.get('model', {}):
+        raise ConfigError("the config has no model with a 'type'; inherit from a detector's config")
+    return MODELS.build(config.model)
+
+
+def check_work_dir(path: str) -> None:
+    """Makes the work directory and tries to write into it.
+
+    Raises:
+        ConfigError: If that is impossible.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the work directory '{path}' cannot be written ({error.strerror}); choose another one"
+            ' with --work-dir'
+        ) from None
+
+
+def check_data(loader: Mapping[str, Any] | None, name: str) -> None:
+    """Looks whether the annotation files and image folders of a dataloader exist.
+
+    Raises:
+        DataError: Names what is missing and where it was looked for.
+    """
+    for dataset in _datasets((loader or {}).get('dataset')):
+        root = str(dataset.get('data_root') or '')
+        prefix = dataset.get('data_prefix') or {}
+        wanted = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else ())]
+        for part in wanted:
+            if not isinstance(part, str) or '://' in root + part:
+                continue
+            path = Path(root) / part
+            if not path.exists():
+                advice = (
+                    f'make it with: python tools/make_shapes.py {root.rstrip("/")}'
+                    if 'shapes' in root
+                    else f'put the data there, or set {name}.dataset.data_root'
+                )
+                raise DataError(f"{name}: there is no '{path}'; {advice}")
+
+
+def _datasets(config: Any) -> Iterator[Mapping[str, Any]]:
+    """The innermost data sets of a config, through wrappers and concatenations."""
+    if isinstance(config, Mapping):
+        nested = [config[key] for key in ('dataset', 'datasets') if key in config]
+        if not nested:
+            yield config
+        for part in nested:
+            yield from _datasets(part)
+    elif isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _datasets(part)
+
+
+def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
+    """Reads a local checkpoint and asks whether it belongs to the model.
+
+    Raises:
+        CheckpointError: If it is missing, unreadable, unsafe, or another model's or recipe's.
+    """
+    if '://' in path:
+        return
+    if not Path(path).exists():
+        raise CheckpointError(
+            f"there is no checkpoint '{path}'; give the path of a checkpoint file"
+        )
+    loaded = load_checkpoint_file(path)
+    state = loaded.get('state_dict', loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"'{path}' holds no state dict; give a checkpoint of a detector")
+    check_fit(model, state, complete=complete)
+
+
+def stock_model_config(config: Config) -> ConfigDict:
+    """The model section as the stock config would have it: without recipe, ``arch`` as type."""
+    model = ConfigDict(config.model.to_dict() if hasattr(config.model, 'to_dict') else config.model)
+    model.pop('recipe', None)
+    arch = model.pop('arch', None)
+    if arch is not None:
+        model.type = arch
+    return model

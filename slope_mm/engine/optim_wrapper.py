@@ -1,0 +1,204 @@
+"""Optim wrappers that add the regularizer to the loss, and the constructor that builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from torch import Tensor, nn
+
+from slope_mm.convert import compressed_layers
+from slope_mm.engine.regularization import Regularizer
+from slope_mm.errors import ConfigError
+from slope_mm.layers import CompressedLayer
+from slope_mm.ops import SMALLEST_STEP
+
+
+class RegularizedOptimWrapper(OptimWrapper):
+    """Mixin of an optim wrapper that adds ``weight * L_reg`` to each loss.
+
+    Within one ``optim_context`` … ``update_params`` every layer's compressed weight is computed
+    once, for all its forward calls and the regularizer.
+
+    Attributes:
+        regularizer: What is added.
+        last_regularization: ``weight * L_reg`` of the latest step, detached; None before it.
+    """
+
+    regularizer: Regularizer
+    last_regularization: Tensor | None = None
+
+    def __init__(
+        self, *args: Any, regularizer: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_regularizer(Regularizer.parse(regularizer))
+
+    def set_regularizer(self, regularizer: Regularizer) -> None:
+        """Sets what is added to the loss; forgets the model that was seen last."""
+        self.regularizer = regularizer
+        self._model: nn.Module | None = None
+        self._layers: list[CompressedLayer] = []
+        self.last_regularization = None
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Learns the layers from the model and opens the step's sharing scope."""
+        module = getattr(model, 'module', model)
+        if module is not self._model:
+            self._model = module
+            self._layers = list(compressed_layers(module).values())
+        factor = self._loss_factor()
+        for layer in self._layers:
+            layer.begin_sharing()
+            layer.runs, layer.loss_factor = 0, factor
+        module.slope_in_step = True
+        with super().optim_context(model):
+            yield
+
+    def update_params(
+        self,
+        loss: Tensor,
+        step_kwargs: dict | None = None,
+        zero_kwargs: dict | None = None,
+    ) -> None:
+        """Adds the regularizer, then does what the stock wrapper does.
+
+        Before ``super().update_params``, so that gradient accumulation scales it with the loss.
+        """
+        try:
+            regularization = self.regularizer(self._layers)
+            if regularization is not None:
+                self.last_regularization = regularization.detach()
+                loss = loss + regularization
+            super().update_params(loss, step_kwargs, zero_kwargs)
+        finally:
+            for layer in self._layers:
+                layer.end_sharing()
+            if self._model is not None:
+                self._model.slope_in_step = False  # type: ignore[assignment]
+        self._keep_steps_positive()
+
+    def _loss_factor(self) -> float:
+        factor = 1.0 / self._accumulative_counts
+        decays = any(layer.slope_spec.gradient == 'sr_ste' for layer in self._layers)
+        scaler = getattr(self, 'loss_scaler', None)
+        # Asking the scaler stalls a GPU; only SR-STE needs to know.
+        return factor * scaler.get_scale() if decays and scaler is not None else factor
+
+    @torch.no_grad()
+    def _keep_steps_positive(self) -> None:
+        steps = [
+            step
+            for layer in self._layers
+            for step in (
+                getattr(layer, 'slope_step', None),
+                getattr(layer, 'slope_act_step', None),
+            )
+            if step is not None
+        ]
+        if steps:
+            torch._foreach_abs_(steps)
+            torch._foreach_clamp_min_(steps, SMALLEST_STEP)
+
+
+@OPTIM_WRAPPERS.register_module()
+class SlopeOptimWrapper(RegularizedOptimWrapper):
+    """``OptimWrapper`` with a ``regularizer=dict(type=…, weight=…, granularity=…)``."""
+
+
+@OPTIM_WRAPPERS.register_module()
+class SlopeAmpOptimWrapper(RegularizedOptimWrapper, AmpOptimWrapper):
+    """``AmpOptimWrapper`` with a ``regularizer``; the regularizer itself is computed in fp32."""
+
+
+_REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
+    OptimWrapper: SlopeOptimWrapper,
+    AmpOptimWrapper: SlopeAmpOptimWrapper,
+}
+
+
+def _regularized(kind: type[OptimWrapper]) -> type[RegularizedOptimWrapper]:
+    """The class that adds a regularizer to a given wrapper class."""
+    if issubclass(kind, RegularizedOptimWrapper):
+        return kind
+    if kind not in _REGULARIZED:
+        _REGULARIZED[kind] = type(f'Slope{kind.__name__}', (RegularizedOptimWrapper, kind), {})
+    return _REGULARIZED[kind]
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class SlopeOptimWrapperConstructor:
+    """Builds any optim wrapper, gives it the regularizer and the steps a group of their own.
+
+    Keys that it takes from ``optim_wrapper`` beside the stock ones:
+
+        regularizer: dict with ``type`` (``'cosine'``, ``'l2'``, ``'none'``), ``weight`` (lambda)
+            and ``granularity`` (``'layer'``, ``'filter'``).
+        base_constructor: The constructor that builds the optimizer; layer-decay ones for instance.
+            Defaults to ``'DefaultOptimWrapperConstructor'``.
+        step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
+
+    Steps get no weight decay: it would pull every level towards zero.
+    """
+
+    def __init__(
+        self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None
+    ) -> None:
+        cfg = dict(optim_wrapper_cfg)
+        if 'regularizer' not in cfg:
+            raise ConfigError(
+                'optim_wrapper has no regularizer; write regularizer='
+                "dict(type='cosine', weight=…), or dict(type='none') for the naive arm"
+            )
+        self.regularizer = Regularizer.parse(cfg.pop('regularizer'))
+        self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
+        if not self.step_lr_mult >= 0:
+            raise ConfigError(
+                f'optim_wrapper.step_lr_mult={self.step_lr_mult} is negative; give 0 for fixed'
+                ' steps or a positive factor'
+            )
+        self.base = dict(
+            type=cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor'),
+            optim_wrapper_cfg=cfg,
+            paramwise_cfg=paramwise_cfg,
+        )
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Builds the wrapper for a (possibly DDP-wrapped) model."""
+        wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)(model)
+        if not isinstance(wrapper, OptimWrapper):
+            raise ConfigError(
+                f'{self.base["type"]} built a {type(wrapper).__name__}, which has no single loss'
+                ' to regularize; use a constructor that builds one OptimWrapper'
+            )
+        wrapper.__class__ = _regularized(type(wrapper))
+        wrapper.set_regularizer(self.regularizer)
+        self._group_steps(wrapper.optimizer, getattr(model, 'module', model))
+        return wrapper
+
+    def _group_steps(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        steps = [
+            p
+            for name, p in model.named_parameters()
+            if name.rsplit('.', 1)[-1].startswith('slope_')
+        ]
+        if not steps:
+            return
+        own = {id(p) for p in steps}
+        trained = {id(p) for group in optimizer.param_groups for p in group['params']}
+        groups = []
+        for group in optimizer.param_groups:
+            group['params'] = [p for p in group['params'] if id(p) not in own]
+            if group['params']:
+                groups.append(group)
+        optimizer.param_groups[:] = groups
+        lr = optimizer.defaults['lr'] * self.step_lr_mult
+        # A base constructor may leave frozen parameters out; their steps stay out too.
+        steps = [p for p in steps if id(p) in trained]
+        if steps:
+            optimizer.add_param_group({'params': steps, 'lr': lr, 'weight_decay': 0.0})

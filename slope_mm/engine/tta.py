@@ -1,0 +1,34 @@
+"""``--tta``: test-time augmentation by mmdet's own model wrapper."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from mmengine.config import Config, ConfigDict
+
+
+def use_tta(config: Config) -> None:
+    """Wraps the model and the test pipeline for test-time augmentation.
+
+    A config without ``tta_model`` and ``tta_pipeline`` gets mmdet's defaults: every image and its
+    mirror image, merged by NMS.
+    """
+    if 'tta_model' not in config:
+        config.tta_model = dict(
+            type='DetTTAModel',
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
+        )
+    dataset = config.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    if 'tta_pipeline' not in config:
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        pack = dict(type='PackDetInputs', meta_keys=(*keys, 'flip', 'flip_direction'))
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        pipeline = deepcopy(dataset.pipeline)
+        # Annotations are loaded for the metric, which has its own; flipping them would fail.
+        pipeline = [step for step in pipeline if step['type'] != 'LoadAnnotations']
+        pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
+        config.tta_pipeline = pipeline
+    config.model = ConfigDict(**config.tta_model, module=config.model)
+    dataset.pipeline = config.tta_pipeline

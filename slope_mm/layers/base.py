@@ -1,0 +1,410 @@
+"""What every compressed layer can do, whatever operator it computes.
+
+A dense layer becomes a compressed one by swapping its class in place, so this mixin has no
+``__init__`` of its own: :meth:`CompressedLayer.start_compression` adds the state. Stock state-dict
+keys keep their stock meaning (``weight`` is the latent W); everything else starts with ``slope_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope_mm.errors import CheckpointError, TensorError
+from slope_mm.layers.activation import (
+    SIGNED,
+    UNCALIBRATED,
+    UNSIGNED,
+    ActivationObserver,
+    calibrated_step,
+    quantize_activation,
+)
+from slope_mm.layers.spec import LayerSpec
+from slope_mm.ops import (
+    SMALLEST_STEP,
+    SR_STE_DECAY,
+    activation_codes,
+    compress_weight,
+    grad_scale,
+    mse_init_step,
+    positive,
+    step_shape,
+    to_codes,
+)
+from slope_mm.ops.sparsity import Pattern
+
+_OWN_ATTRIBUTES = (
+    'slope_spec',
+    '_codes',
+    '_pattern_now',
+    '_step_ready',
+    '_act_state',
+    '_shared_weight',
+    '_sharing',
+    '_observer',
+    'runs',
+    'loss_factor',
+)
+_TRANSIENT = ('_shared_weight', '_observer')
+
+
+class CompressedLayer(nn.Module):
+    """Mixin of a layer whose ``weight`` is masked and quantized before it is used.
+
+    Class attributes:
+        input_axis: Axis of ``weight`` that N:M groups run along (input channels).
+        output_axis: Axis of ``weight`` that per-channel steps run along (output channels).
+
+    State beside the stock one:
+        slope_step: Parameter, learned weight steps, fp32, broadcastable to ``weight``.
+        slope_act_step: Parameter of shape [1], learned activation step, fp32.
+        slope_act_signed: Buffer, int8 of shape [1]: -1 uncalibrated, 0 unsigned, 1 signed.
+        slope_mask: Buffer, bool of ``weight``'s shape; present only while the mask is held.
+        slope_layer: Buffer, the spec as ASCII bytes, by which another recipe's checkpoint is told.
+    """
+
+    input_axis = 1
+    output_axis = 0
+
+    weight: Tensor
+    slope_spec: LayerSpec
+    slope_step: nn.Parameter | None
+    slope_act_step: nn.Parameter | None
+    slope_act_signed: Tensor
+    slope_mask: Tensor | None
+
+    def start_compression(self, spec: LayerSpec) -> None:
+        """Adds the compression's state to a layer whose class was just swapped.
+
+        The steps are placeholders until the first use or the first load: initialisers may still
+        rewrite ``weight`` in place.
+        """
+        self.slope_spec = spec
+        self._codes = spec.weight_codes
+        self._pattern_now: Pattern | None = spec.pattern
+        self._step_ready = False
+        self._act_state = UNCALIBRATED
+        self._shared_weight: Tensor | None = None
+        self._sharing = False
+        self._observer: ActivationObserver | None = None
+        # How often the layer ran with gradients since it was last reset.
+        self.runs = 0
+        # What the training loop multiplies losses by (AMP scale over accumulated batches): the
+        # part of SR-STE's gradient that is not a loss has to follow it.
+        self.loss_factor = 1.0
+        weight, trains = self.weight, self.weight.requires_grad
+        if self._codes is not None:
+            axis = self.output_axis if spec.step == 'channel' else None
+            step = torch.ones(step_shape(tuple(weight.shape), axis), device=weight.device)
+            # A frozen weight's step is frozen too, or DDP would wait for its gradient.
+            self.slope_step = nn.Parameter(step, requires_grad=trains)
+        if spec.activation_bits is not None:
+            step = torch.ones(1, device=weight.device)
+            self.slope_act_step = nn.Parameter(step, requires_grad=trains)
+            signed = torch.full((1,), UNCALIBRATED, dtype=torch.int8, device=weight.device)
+            self.register_buffer('slope_act_signed', signed)
+        self.register_buffer('slope_mask', None)
+        text = torch.frombuffer(bytearray(spec.signature.encode()), dtype=torch.uint8)
+        self.register_buffer('slope_layer', text.to(weight.device))
+
+    def stop_compression(self) -> None:
+        """Removes everything that :meth:`start_compression` added."""
+        for store in (self._parameters, self._buffers):
+            for key in [key for key in store if key.startswith('slope_')]:
+                del store[key]
+        for key in _OWN_ATTRIBUTES:
+            self.__dict__.pop(key, None)
+
+    # --- weight ------------------------------------------------------------------------------
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Bool tensor of ``weight``'s shape, True where kept; None where dense."""
+        if self._pattern_now is None:
+            return None
+        return self.live_mask() if self.slope_mask is None else self.slope_mask
+
+    @torch.no_grad()
+    def live_mask(self, check_finite: bool = True) -> Tensor | None:
+        """The mask that ``weight`` asks for now, whether or not one is held."""
+        if self._pattern_now is None:
+            return None
+        ranked = self.weight
+        if self.slope_spec.order == 'q_then_s' and self._codes is not None:
+            ranked = compress_weight(ranked, self.step, None, self._codes)
+        return self._pattern_now.mask(ranked, self.input_axis, check_finite=check_finite)
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the compressed weight differs from the latent one (else only inputs do)."""
+        return self.slope_spec.pattern is not None or self._codes is not None
+
+    @property
+    def step(self) -> Tensor | None:
+        """The learned weight steps, initialised from ``weight`` if they were not yet."""
+        if self._codes is None:
+            return None
+        if not self._step_ready:
+            self.initialise_step()
+            self._step_ready = True
+        return self.slope_step
+
+    @torch.no_grad()
+    def initialise_step(self) -> None:
+        """Sets the weight steps to those of least squared error on the kept weights."""
+        if self._codes is None or self.slope_step is None:
+            return
+        axis = self.output_axis if self.slope_spec.step == 'channel' else None
+        # Under q_then_s every weight is quantized before the mask is known.
+        mask = None
+        if self.slope_spec.order == 's_then_q' and self._pattern_now is not None:
+            mask = self.slope_mask if self.slope_mask is not None else self.live_mask()
+        self.slope_step.copy_(mse_init_step(self.weight, self._codes, axis, mask))
+
+    def compressed_weight(self) -> Tensor:
+        """The weight that the layer computes with, differentiable in W and the step.
+
+        Inside a sharing scope (a training step, an evaluation) it is computed once.
+
+        Returns:
+            Tensor of ``weight``'s shape and dtype.
+
+        Raises:
+            TensorError: If ``weight`` holds NaN or infinity (checked wherever that does not stall
+                a GPU).
+        """
+        wants_grad = torch.is_grad_enabled() and self.weight.requires_grad
+        shared = self._shared_weight
+        if shared is not None and (shared.requires_grad or not wants_grad):
+            return shared if wants_grad else shared.detach()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            compressed = self._compress()
+        if self._sharing:
+            self._shared_weight = compressed
+        return compressed
+
+    def _compress(self) -> Tensor:
+        mask = self.slope_mask
+        if mask is None:
+            mask = self.live_mask(check_finite=self.weight.device.type == 'cpu')
+        scale = 1.0
+        if self._codes is not None and self.slope_step is not None:
+            kept = self.weight.numel() * (self._pattern_now.density if self._pattern_now else 1.0)
+            scale = grad_scale(kept / self.slope_step.numel(), self._codes)
+        return compress_weight(
+            self.weight,
+            self.step,
+            mask,
+            self._codes,
+            grad_scale=scale,
+            gradient=self.slope_spec.gradient,
+            decay=SR_STE_DECAY * self.loss_factor,
+        )
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Integer codes (int16) of the kept weights, of ``weight``'s shape; 0 where masked.
+
+        Raises:
+            TensorError: If the layer's weights are not quantized.
+        """
+        step = self.step
+        if self._codes is None or step is None:
+            raise TensorError('a layer with full-precision weights has no codes; set weight bits')
+        integer = to_codes(self.weight, positive(step), self._codes).to(torch.int16)
+        mask = self.mask
+        return integer if mask is None else integer * mask
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Scope in which the compressed weight is computed once. W must not change inside."""
+        self.begin_sharing()
+        try:
+            yield
+        finally:
+            self.end_sharing()
+
+    def begin_sharing(self) -> None:
+        """Opens a sharing scope; drops what an earlier one left."""
+        self._shared_weight, self._sharing = None, True
+
+    def end_sharing(self) -> None:
+        """Closes the sharing scope and lets go of the compressed weight and its graph."""
+        self._shared_weight, self._sharing = None, False
+
+    # --- masks -------------------------------------------------------------------------------
+
+    def hold_mask(self) -> None:
+        """Fixes the mask to today's; from now on it is saved state."""
+        self.slope_mask = self.live_mask()
+        self._shared_weight = None
+
+    def release_mask(self) -> None:
+        """Lets the mask follow W again."""
+        self.slope_mask = None
+        self._shared_weight = None
+
+    def set_pattern(self, pattern: Pattern | None) -> None:
+        """Uses another pattern than the recipe's for a while (a ramp towards it)."""
+        self._pattern_now = pattern
+        self._shared_weight = None
+
+    @torch.no_grad()
+    def make_steps_positive(self) -> None:
+        """Puts steps that an update carried through zero back on the positive side."""
+        for step in (
+            getattr(self, 'slope_step', None),
+            getattr(self, 'slope_act_step', None),
+        ):
+            if step is not None:
+                step.abs_().clamp_(min=SMALLEST_STEP)
+
+    # --- activations -------------------------------------------------------------------------
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the input's range and sign are known, or not needed."""
+        return self.slope_spec.activation_bits is None or self._act_state != UNCALIBRATED
+
+    @property
+    def activation_signed(self) -> bool | None:
+        """Whether negative codes are used for the input; None without quantized input."""
+        if self.slope_spec.activation_bits is None or self._act_state == UNCALIBRATED:
+            return None
+        return self._act_state == SIGNED
+
+    def begin_observing(self) -> None:
+        """Passes inputs through unquantized and collects what they look like."""
+        self._observer = ActivationObserver()
+
+    def end_observing(self) -> ActivationObserver | None:
+        """Stops observing and returns what was seen."""
+        observer, self._observer = self._observer, None
+        return observer
+
+    @torch.no_grad()
+    def set_activation_range(self, samples: Tensor, signed: bool) -> None:
+        """Fixes sign and first step of the input quantizer.
+
+        Args:
+            samples: Sampled input values, flat.
+            signed: Whether negative values occur.
+        """
+        bits = self.slope_spec.activation_bits
+        if bits is None or self.slope_act_step is None:
+            return
+        self.slope_act_step.copy_(calibrated_step(samples, signed, bits))
+        self._act_state = SIGNED if signed else UNSIGNED
+        self.slope_act_signed.fill_(self._act_state)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input as the layer sees it.
+
+        An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
+        evaluation it passes the input through.
+        """
+        if torch.is_grad_enabled():
+            self.runs += 1
+        bits = self.slope_spec.activation_bits
+        if bits is None or self.slope_act_step is None:
+            return x
+        if self._observer is not None:
+            self._observer.observe(x)
+            return x
+        if self._act_state == UNCALIBRATED:
+            if not self.training or x.numel() == 0:
+                return x
+            observer = ActivationObserver()
+            observer.observe(x)
+            self.set_activation_range(torch.cat(observer.samples), bool(observer.low < 0))  # type: ignore[operator]
+        codes = activation_codes(bits, self._act_state == SIGNED)
+        return quantize_activation(x, self.slope_act_step, codes)
+
+    # --- state -------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self._step_ready:
+            # Provisional: W may still be re-initialised before the first use.
+            self.initialise_step()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads stock and SLOPE checkpoints alike; what a stock one lacks is computed.
+
+        Raises:
+            CheckpointError: If the layer was compressed in another way when it was saved.
+        """
+        self._check_signature(state_dict.get(prefix + 'slope_layer'), prefix)
+        held = state_dict.get(prefix + 'slope_mask')
+        if held is None or held.shape != self.weight.shape or self.slope_spec.pattern is None:
+            self.slope_mask = None
+        else:
+            # A buffer of the right shape for the parent class to fill.
+            self.slope_mask = torch.empty_like(self.weight, dtype=torch.bool)
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        own = prefix + 'slope_'
+        missing_keys.extend(key for key in missing if not key.startswith(own))
+        has_weight = prefix + 'weight' in state_dict
+        if prefix + 'slope_step' in state_dict:
+            self._step_ready = True
+        elif has_weight:
+            self._step_ready = False
+        if self.slope_spec.activation_bits is not None:
+            if prefix + 'slope_act_signed' in state_dict:
+                self._act_state = int(self.slope_act_signed)
+            elif has_weight:
+                # Another network's activations: its range has to be found anew.
+                self._act_state = UNCALIBRATED
+                self.slope_act_signed.fill_(UNCALIBRATED)
+        self._shared_weight = None
+
+    def _check_signature(self, saved: Tensor | None, prefix: str) -> None:
+        if saved is None:
+            return
+        text = bytes(saved.to(device='cpu', dtype=torch.uint8).tolist()).decode('ascii', 'replace')
+        if text != self.slope_spec.signature:
+            raise CheckpointError(
+                f"the checkpoint's layer '{prefix[:-1]}' was compressed as '{text}', but this"
+                f" recipe says '{self.slope_spec.signature}'; use the recipe that it was trained"
+                ' with, or start from the dense checkpoint'
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Non-leaf tensors of a running step can be neither copied nor pickled.
+        state = self.__dict__.copy()
+        for name in _TRANSIENT:
+            if name in state:
+                state[name] = None
+        return state
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, slope={self.slope_spec}'
+
+
+@contextmanager
+def shared_weights(layers: Iterable[CompressedLayer]) -> Iterator[None]:
+    """Scope in which every layer's compressed weight is computed once."""
+    layers = list(layers)
+    for layer in layers:
+        layer.begin_sharing()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.end_sharing()

@@ -1,0 +1,111 @@
+"""The kinds of layers that can be compressed, and the one table that lists them.
+
+Each class is a mixin and its stock class, side by side: mmengine's initialisers match a module by
+its class name or the names of its direct bases, so ``Conv2d`` has to be one of them.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.nn.functional as F
+from mmcv.cnn.bricks import wrappers
+from torch import Tensor, nn
+
+from slope_mm.errors import SlopeError
+from slope_mm.layers.base import CompressedLayer
+
+
+class CompressedConv(CompressedLayer):
+    """The forward of compressed convolutions."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # The point where both nn.Conv2d.forward and mmengine's efficient_conv_bn_eval meet.
+        if weight is not self.weight:
+            raise SlopeError(
+                "a compressed convolution was called with a weight other than its own: mmengine's"
+                ' efficient_conv_bn_eval scales weights before they could be compressed; remove'
+                ' efficient_conv_bn_eval from the config'
+            )
+        x = self.quantized_input(input)
+        return super()._conv_forward(x, self.compressed_weight(), bias)  # type: ignore[misc]
+
+
+class CompressedLinear(CompressedLayer):
+    """The forward of compressed linear layers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: nn.Linear = self  # type: ignore[assignment]
+        return F.linear(self.quantized_input(input), self.compressed_weight(), layer.bias)
+
+
+class CompressedConvTranspose(CompressedLayer):
+    """The forward of compressed transposed convolutions; their input channels are axis 0."""
+
+    input_axis = 0
+    output_axis = 1
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        layer: nn.ConvTranspose2d = self  # type: ignore[assignment]
+        output_padding = layer._output_padding(
+            input,
+            output_size,
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.kernel_size,  # type: ignore[arg-type]
+            2,
+            layer.dilation,  # type: ignore[arg-type]
+        )
+        return F.conv_transpose2d(
+            self.quantized_input(input),
+            self.compressed_weight(),
+            layer.bias,
+            layer.stride,
+            layer.padding,  # type: ignore[arg-type]
+            output_padding,
+            layer.groups,
+            layer.dilation,
+        )
+
+
+class SlopeConv2d(CompressedConv, nn.Conv2d):
+    """``nn.Conv2d`` with a compressed weight and input."""
+
+
+class SlopeLinear(CompressedLinear, nn.Linear):
+    """``nn.Linear`` with a compressed weight and input."""
+
+
+class SlopeConvTranspose2d(CompressedConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a compressed weight and input."""
+
+
+class SlopeMMCVConv2d(CompressedConv, wrappers.Conv2d):
+    """mmcv's ``Conv2d`` wrapper with a compressed weight and input."""
+
+
+class SlopeMMCVLinear(CompressedLinear, wrappers.Linear):
+    """mmcv's ``Linear`` wrapper with a compressed weight and input."""
+
+
+class SlopeMMCVConvTranspose2d(CompressedConvTranspose, wrappers.ConvTranspose2d):
+    """mmcv's ``ConvTranspose2d`` wrapper with a compressed weight and input."""
+
+
+# The table to extend: a stock class, by exact type, and its compressed form.
+LAYER_KINDS: dict[type[nn.Module], type[CompressedLayer]] = {
+    nn.Conv2d: SlopeConv2d,
+    nn.Linear: SlopeLinear,
+    nn.ConvTranspose2d: SlopeConvTranspose2d,
+    wrappers.Conv2d: SlopeMMCVConv2d,
+    wrappers.Linear: SlopeMMCVLinear,
+    wrappers.ConvTranspose2d: SlopeMMCVConvTranspose2d,
+}
+STOCK_KINDS = {slope: stock for stock, slope in LAYER_KINDS.items()}
+
+ModuleT = TypeVar('ModuleT', bound=nn.Module)
+
+
+def stock_type(module: nn.Module) -> type[nn.Module]:
+    """The class that a layer has, or had before it was compressed."""
+    return STOCK_KINDS.get(type(module), type(module))  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""Evaluate a detector: mmdet's tools/test.py with SLOPE's plug-ins and checks in place."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import DictAction
+
+import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
+from slope_mm.engine import launch
+from slope_mm.engine.tta import use_tta
+from slope_mm.errors import ConfigError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='test config file path')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='the directory of the metrics file')
+    parser.add_argument('--out', help='dump predictions to a pickle file for offline evaluation')
+    parser.add_argument('--show', action='store_true', help='show prediction results')
+    parser.add_argument('--show-dir', help='directory where painted images are saved')
+    parser.add_argument('--wait-time', type=float, default=2, help='interval of --show in seconds')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value pairs, nested keys with dots; lists as'
+        ' key="[a,b]" or key=a,b',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torch.distributed passes --local-rank or, before torch 2.0, --local_rank.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        raise ConfigError(f"--out '{args.out}' has to end in .pkl or .pickle")
+    setup_cache_size_limit_of_dynamo()
+    config = launch.read_config(args.config, args.cfg_options)
+    config.launcher = args.launcher
+    launch.set_work_dir(config, args.config, args.work_dir)
+    launch.check_before_testing(config, args.checkpoint)
+    config.load_from, config.resume = args.checkpoint, False
+    if args.show or args.show_dir:
+        config = trigger_visualization_hook(config, args)
+    if args.tta:
+        use_tta(config)
+    runner = launch.build_runner(config)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    launch.run_tool(main)
