@@ -44,7 +44,7 @@ def draw_layers(rows: Sequence[LayerMetrics], path: str | Path, title: str = '')
     mean = sum(row.cosine for row in rows) / len(rows)
     headline = f'mean cosine {mean:.4f}' + (f', {title}' if title else '')
     figure.suptitle(headline, fontsize=10)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def draw_arms(arms: Mapping[str, Sequence[LayerMetrics]], path: str | Path) -> None:
@@ -76,7 +76,7 @@ def draw_arms(arms: Mapping[str, Sequence[LayerMetrics]], path: str | Path) -> N
     axes.margins(x=0.01)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def _legend(figure: object, entries: Mapping[str, str]) -> None:
@@ -86,7 +86,7 @@ def _legend(figure: object, entries: Mapping[str, str]) -> None:
     figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False)  # type: ignore[attr-defined]
 
 
-def _save(figure: object, path: Path) -> None:
+def save_figure(figure: object, path: Path) -> None:
     """Writes beside the target and renames, so that a picture is never half there."""
     partial = path.with_name(path.name + '.part')
     with matplotlib.rc_context():

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
 
 from slope_mm.engine.checkpoint import load_checkpoint_file
@@ -47,6 +47,11 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     except FileNotFoundError as error:
         raise ConfigError(
             f"config '{path}' inherits from a file that is missing: {error}"
+        ) from None
+    except ImportError as error:
+        raise ConfigError(
+            f"config '{path}' needs a package that cannot be imported:"
+            f' {str(error).splitlines()[0]}; install it'
         ) from None
     if options:
         config.merge_from_dict(dict(options))
@@ -226,11 +231,11 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     check_fit(model, state, complete=complete)
 
 
-def stock_model_config(config: Config) -> ConfigDict:
-    """The model section as the stock config would have it: without recipe, ``arch`` as type."""
-    model = ConfigDict(config.model.to_dict() if hasattr(config.model, 'to_dict') else config.model)
-    model.pop('recipe', None)
-    arch = model.pop('arch', None)
-    if arch is not None:
-        model.type = arch
-    return model
+def load_weights(model: nn.Module, path: str) -> None:
+    """Loads a checkpoint that has to fit completely, for evaluation.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    check_checkpoint(model, path, complete=True)
+    load_checkpoint(model, path, map_location='cpu')

@@ -15,7 +15,10 @@ from slope_mm.convert import compressed_layers
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.layers import CompressedLayer
-from slope_mm.ops import SMALLEST_STEP
+
+# Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
+# them.
+STEP_LIMIT = 0.005
 
 
 class RegularizedOptimWrapper(OptimWrapper):
@@ -26,10 +29,12 @@ class RegularizedOptimWrapper(OptimWrapper):
 
     Attributes:
         regularizer: What is added.
+        step_limit: Largest relative change of a quantization step in one update.
         last_regularization: ``weight * L_reg`` of the latest step, detached; None before it.
     """
 
     regularizer: Regularizer
+    step_limit: float = STEP_LIMIT
     last_regularization: Tensor | None = None
 
     def __init__(
@@ -81,7 +86,20 @@ class RegularizedOptimWrapper(OptimWrapper):
                 layer.end_sharing()
             if self._model is not None:
                 self._model.slope_in_step = False  # type: ignore[assignment]
-        self._keep_steps_positive()
+
+    def step(self, **kwargs: Any) -> None:
+        """Updates the parameters; no step changes by more than ``step_limit`` of itself.
+
+        Optimizers of Adam's kind move every parameter by about the learning rate, which is a fair
+        share of a weight but may be many times an 8-bit step. The limit also keeps steps positive.
+        """
+        steps = self._steps()
+        before = [step.detach().clone() for step in steps]
+        super().step(**kwargs)
+        if steps:
+            with torch.no_grad():
+                torch._foreach_maximum_(steps, torch._foreach_mul(before, 1 - self.step_limit))
+                torch._foreach_minimum_(steps, torch._foreach_mul(before, 1 + self.step_limit))
 
     def _loss_factor(self) -> float:
         factor = 1.0 / self._accumulative_counts
@@ -90,20 +108,13 @@ class RegularizedOptimWrapper(OptimWrapper):
         # Asking the scaler stalls a GPU; only SR-STE needs to know.
         return factor * scaler.get_scale() if decays and scaler is not None else factor
 
-    @torch.no_grad()
-    def _keep_steps_positive(self) -> None:
-        steps = [
-            step
+    def _steps(self) -> list[Tensor]:
+        found = [
+            getattr(layer, name, None)
             for layer in self._layers
-            for step in (
-                getattr(layer, 'slope_step', None),
-                getattr(layer, 'slope_act_step', None),
-            )
-            if step is not None
+            for name in ('slope_step', 'slope_act_step')
         ]
-        if steps:
-            torch._foreach_abs_(steps)
-            torch._foreach_clamp_min_(steps, SMALLEST_STEP)
+        return [step for step in found if step is not None]
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -142,6 +153,7 @@ class SlopeOptimWrapperConstructor:
         base_constructor: The constructor that builds the optimizer; layer-decay ones for instance.
             Defaults to ``'DefaultOptimWrapperConstructor'``.
         step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
+        step_limit: Largest relative change of a step in one update. Defaults to 0.005.
 
     Steps get no weight decay: it would pull every level towards zero.
     """
@@ -156,6 +168,11 @@ class SlopeOptimWrapperConstructor:
                 "dict(type='cosine', weight=…), or dict(type='none') for the naive arm"
             )
         self.regularizer = Regularizer.parse(cfg.pop('regularizer'))
+        self.step_limit = float(cfg.pop('step_limit', STEP_LIMIT))
+        if not 0 < self.step_limit < 1:
+            raise ConfigError(
+                f'optim_wrapper.step_limit={self.step_limit} is not a share between 0 and 1'
+            )
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(

@@ -25,7 +25,6 @@ from slope_mm.layers.activation import (
 )
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import (
-    SMALLEST_STEP,
     SR_STE_DECAY,
     activation_codes,
     compress_weight,
@@ -252,16 +251,6 @@ class CompressedLayer(nn.Module):
         """Uses another pattern than the recipe's for a while (a ramp towards it)."""
         self._pattern_now = pattern
         self._shared_weight = None
-
-    @torch.no_grad()
-    def make_steps_positive(self) -> None:
-        """Puts steps that an update carried through zero back on the positive side."""
-        for step in (
-            getattr(self, 'slope_step', None),
-            getattr(self, 'slope_act_step', None),
-        ):
-            if step is not None:
-                step.abs_().clamp_(min=SMALLEST_STEP)
 
     # --- activations -------------------------------------------------------------------------
 

@@ -1,0 +1,57 @@
+"""Write the short child config that gives a stock mmdet config SLOPE, and print the plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.utils import get_installed_path
+
+import slope_mm  # noqa: F401 - registers the plug-ins
+from slope_mm.analysis.plan import child_config, config_report, read_recipe
+from slope_mm.engine import launch
+from slope_mm.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parent.parent / 'configs' / '_base_' / 'recipes'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'config', help='a stock config: a file, or mmdet::folder/name.py for one of mmdet'
+    )
+    parser.add_argument(
+        '--recipe', default='w4a4', help='a recipe of configs/_base_/recipes, or a file of your own'
+    )
+    parser.add_argument('-o', '--out', type=Path, help='the config to write; none: print the plan')
+    parser.add_argument('--force', action='store_true', help='replace OUT where it exists')
+    return parser.parse_args()
+
+
+def installed_config(name: str) -> str:
+    """The path of ``package::folder/name.py``."""
+    package, relative = name.split('::', 1)
+    return str(Path(get_installed_path(package)) / '.mim' / 'configs' / relative)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out is not None and args.out.exists() and not args.force:
+        raise ConfigError(f"'{args.out}' is there already; choose another name or add --force")
+    path = installed_config(args.config) if '::' in args.config else args.config
+    config = launch.read_config(path)
+    recipe = read_recipe(args.recipe, RECIPES)
+    plan = config_report(config, recipe['recipe'], f'{args.config} with recipe {args.recipe}')
+    print(plan)
+    if args.out is not None:
+        text = child_config(args.config, config, recipe, args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
+        # Read back: what was written has to inherit.
+        Config.fromfile(str(args.out))
+        print(f'\nWrote {args.out}: python tools/train.py {args.out}')
+
+
+if __name__ == '__main__':
+    launch.run_tool(main)
