@@ -18,6 +18,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from slope_mm.datasets import shape_scenes as scenes
 from slope_mm.datasets import shapes
 from slope_mm.datasets.shapes import (
     SHAPES_CLASSES,
@@ -170,7 +171,7 @@ def test_any_scene_is_labelled_as_drawn(
     options = ShapesOptions.of(
         seed=seed, image_size=(height, width), max_objects=objects, object_size=(12, 48)
     )
-    scene = shapes._draw_scene(options, 'val', index)
+    scene = scenes.draw_scene(options, 'val', index)
     assert scene.image.shape == (height, width, 3)
     assert scene.image.dtype == np.uint8
     assert 1 <= len(scene.figures) <= objects
@@ -187,7 +188,7 @@ def test_later_figures_really_cover_earlier_ones() -> None:
     options = ShapesOptions()
     shares = []
     for index in range(30):
-        for figure in shapes._draw_scene(options, 'train', index).figures:
+        for figure in scenes.draw_scene(options, 'train', index).figures:
             shares.append(np.count_nonzero(figure.visible) / figure.whole_area)
     assert np.mean(np.array(shares) < 0.9) > 0.15
     assert min(shares) < 0.6
@@ -198,7 +199,7 @@ def test_mask_pixels_wear_the_colour_of_their_figure() -> None:
     """Inside a mask the image is nearer to its figure's colour than to any other figure's."""
     right = total = 0
     for index in range(20):
-        scene = shapes._draw_scene(ShapesOptions(), 'train', index)
+        scene = scenes.draw_scene(ShapesOptions(), 'train', index)
         colours = np.array([figure.colour for figure in scene.figures])
         for number, figure in enumerate(scene.figures):
             pixels = scene.image[figure.visible].astype(float)
@@ -222,8 +223,8 @@ FILL = {
 @pytest.mark.parametrize('name', SHAPES_CLASSES)
 @pytest.mark.parametrize('radius', [15.0, 40.0])
 def test_figures_have_the_area_of_their_geometry(name: str, radius: float) -> None:
-    outline = [curve * radius + (50.3, 49.6) for curve in shapes._OUTLINES[name]()]
-    coverage, whole_area = shapes._rasterise(outline, (100, 100))
+    outline = [curve * radius + (50.3, 49.6) for curve in scenes._OUTLINES[name]()]
+    coverage, whole_area = scenes._rasterise(outline, (100, 100))
     expected = FILL[name] * np.pi * radius**2
     # OpenCV also fills the sub-pixels that an edge runs through: an eighth of a pixel on each side.
     assert whole_area == pytest.approx(expected, rel=2.5 / radius)
@@ -237,8 +238,8 @@ def test_figures_have_the_area_of_their_geometry(name: str, radius: float) -> No
 
 
 def test_the_border_cuts_the_mask_not_the_whole_area() -> None:
-    outline = [curve * 20 + (0.0, 50.0) for curve in shapes._OUTLINES['circle']()]
-    coverage, whole_area = shapes._rasterise(outline, (100, 100))
+    outline = [curve * 20 + (0.0, 50.0) for curve in scenes._OUTLINES['circle']()]
+    coverage, whole_area = scenes._rasterise(outline, (100, 100))
     assert np.count_nonzero(coverage >= 0.5) == pytest.approx(whole_area / 2, rel=0.05)
 
 
@@ -320,14 +321,14 @@ def test_an_older_generator_is_another_set(tmp_path: Path, monkeypatch: pytest.M
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, image: int, error: BaseException) -> None:
-    draw = shapes._draw_scene
+    draw = shapes.draw_scene
 
     def interrupted(options: ShapesOptions, split: str, index: int) -> Any:
         if index == image:
             raise error
         return draw(options, split, index)
 
-    monkeypatch.setattr(shapes, '_draw_scene', interrupted)
+    monkeypatch.setattr(shapes, 'draw_scene', interrupted)
 
 
 def test_an_interrupted_make_leaves_nothing(
