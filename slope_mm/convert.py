@@ -63,11 +63,14 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
                 reason = f'no compressed kind of {type(module).__name__}'
                 plans.append(LayerPlan(aliases[0], module, None, reason))
             continue
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        if 'weight' not in module._parameters:
+            # Spectral norm and its kin compute the weight anew before every forward.
+            plans.append(LayerPlan(aliases[0], module, None, 'its weight is computed by a hook'))
+            continue
         types = [cls.__name__ for cls in type(module).__mro__]
         last = None
         for rule in rules:
-            if rule.matches(aliases, types, weight.shape[kind.input_axis]):
+            if rule.matches(aliases, types, _input_channels(module)):
                 idle = [user for user in idle if user is not rule]
                 last = rule
         plans.append(_plan_layer(aliases[0], module, kind, recipe, last))
@@ -78,6 +81,11 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
 
 def _owns_weight(module: nn.Module) -> bool:
     return any(p.dim() > 1 for p in module.parameters(recurse=False))
+
+
+def _input_channels(module: nn.Module) -> int:
+    channels = getattr(module, 'in_features', None) or getattr(module, 'in_channels', None)
+    return int(channels or 0)
 
 
 def _plan_layer(

@@ -58,7 +58,7 @@ class Rule:
     Attributes:
         match: A name or a name's prefix; ``re:PATTERN`` (whole name); ``type:CLASS``; or ``in:N``
             (layers with N input channels).
-        weight: Overridden keys of the weight part.
+        weight: Overridden keys of the weight part; None in a recipe means dense at full precision.
         activation: Overriding activation bits, under the key ``bits``; empty if not overridden.
         gradient: Overriding gradient, or None.
         order: Overriding order, or None.
@@ -130,10 +130,14 @@ class Recipe:
             _choice(given.get('order', 's_then_q'), ORDERS, "the recipe's order"),
             tuple(_rule(rule, index) for index, rule in enumerate(rules)),
         )
-        if weight.sparsity is None and weight.bits is None and parsed.activation_bits is None:
+        asked = [weight.sparsity, weight.bits, parsed.activation_bits]
+        for rule in parsed.rules:
+            asked += [rule.weight.get(key) for key in ('sparsity', 'bits')]
+            asked += rule.activation.values()
+        if not any(asked):
             raise RecipeError(
                 'the recipe compresses nothing: give weight sparsity, weight bits or activation'
-                ' bits'
+                ' bits, to all layers or in a rule'
             )
         return parsed
 
@@ -252,6 +256,14 @@ def _weight(given: Any, where: str) -> dict[str, Any]:
     return weight
 
 
+def _rule_weight(rule: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if 'weight' not in rule:
+        return {}
+    if rule['weight'] is None:
+        return {'sparsity': None, 'bits': None}
+    return _weight(rule['weight'], where)
+
+
 def _activation(given: Any, where: str) -> dict[str, int | None]:
     if given is None:
         return {'bits': None}
@@ -283,7 +295,7 @@ def _rule(given: Any, index: int) -> Rule:
         raise RecipeError(f'{where} has compress={compress!r}; write True or False')
     return Rule(
         match,
-        _weight(rule['weight'], f"{where}'s weight") if rule.get('weight') is not None else {},
+        _rule_weight(rule, f"{where}'s weight"),
         _activation(rule['activation'], where) if 'activation' in rule else {},
         _choice(rule['gradient'], tuple(GRADIENTS), f'{where}: gradient')
         if rule.get('gradient') is not None

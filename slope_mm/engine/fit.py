@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
 from slope_mm.errors import CheckpointError
+from slope_mm.layers import CompressedLayer
 
 # Fine-tuning may replace heads (other classes), never half of the network.
 LEAST_SHARE = 0.5
@@ -17,7 +18,7 @@ LEAST_SHARE = 0.5
 def check_fit(
     model: nn.Module, state_dict: Mapping[str, Any], prefix: str = '', *, complete: bool = False
 ) -> None:
-    """Refuses a checkpoint of another architecture.
+    """Refuses a checkpoint of another architecture or another recipe.
 
     Args:
         model: A compressed model.
@@ -27,9 +28,10 @@ def check_fit(
             the recipe quantizes them (evaluation), instead of half of the weights (fine-tuning).
 
     Raises:
-        CheckpointError: Says how much fits, and names a weight that does not.
+        CheckpointError: Says how much fits, and names a weight or a layer that does not.
     """
     given = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    prefix = prefix.removeprefix('module.')
     stock = {key: p for key, p in model.named_parameters() if '.slope_' not in f'.{key}'}
     weights = {key: p for key, p in stock.items() if p.dim() > 1}
     wrong = [key for key, p in weights.items() if not _fits(given.get(prefix + key), p)]
@@ -40,6 +42,7 @@ def check_fit(
             f' {_difference(wrong, given, prefix, weights)};'
             ' give the checkpoint that was trained with this config'
         )
+    _check_recipe(model, given, prefix)
     if not complete:
         return
     wrong = [key for key, p in stock.items() if not _fits(given.get(prefix + key), p)]
@@ -57,6 +60,20 @@ def check_fit(
                 f' quantizes its input to {layer.slope_spec.activation_bits} bits: it comes from'
                 ' another recipe or from a dense model; evaluate it with the config that trained'
                 ' it, or train with this one first'
+            )
+
+
+def _check_recipe(model: nn.Module, given: Mapping[str, Any], prefix: str) -> None:
+    for name, module in model.named_modules(remove_duplicate=False):
+        saved = given.get(f'{prefix}{name}.slope_layer')
+        if isinstance(module, CompressedLayer):
+            # Layers ask this as well, one by one while they load; here before the first is touched.
+            module._check_signature(saved, f'{prefix}{name}.')
+        elif saved is not None:
+            raise CheckpointError(
+                f"the checkpoint's layer '{prefix}{name}' was compressed, but this recipe leaves it"
+                ' alone; use the recipe that it was trained with, or start from the dense'
+                ' checkpoint'
             )
 
 

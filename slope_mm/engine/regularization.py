@@ -14,13 +14,17 @@ from slope_mm.errors import ConfigError, nearest
 from slope_mm.layers import CompressedLayer
 from slope_mm.ops import get_regularizer
 
-KEYS = ('type', 'weight', 'granularity')
+KEYS = ('type', 'weight', 'granularity', 'gradient')
+# 'exact': the compressed weight is piecewise constant in W, so only W itself is differentiated.
+# 'ste': the straight-through estimator here as well (for comparison; it lets the cosine fall).
+GRADIENTS = ('exact', 'ste')
 
 
 def mean_over_layers(
     layers: Iterable[CompressedLayer],
     type: str,
     granularity: str,
+    gradient: str = 'exact',
     *,
     only_if_run: bool = False,
 ) -> Tensor | None:
@@ -30,6 +34,7 @@ def mean_over_layers(
         layers: Compressed layers.
         type: Name in ``slope_mm.ops.REGULARIZERS``.
         granularity: ``'layer'`` or ``'filter'``.
+        gradient: ``'exact'`` or ``'ste'``.
         only_if_run: Leave out the terms of layers without a forward in this step (under DDP with
             unused parameters they must not get a gradient). They still count in n, so that the
             scale is the same on every rank.
@@ -38,6 +43,11 @@ def mean_over_layers(
         fp32 scalar, or None if there is no term.
     """
     regularizer = get_regularizer(type, granularity)
+    if gradient not in GRADIENTS:
+        raise ConfigError(
+            f'regularizer gradient={gradient!r} is unknown; choose one of {list(GRADIENTS)}'
+            f'{nearest(str(gradient), GRADIENTS)}'
+        )
     terms, items = [], 0
     for layer in layers:
         if not layer.weight.requires_grad or not layer.changes_weight:
@@ -46,31 +56,36 @@ def mean_over_layers(
         if only_if_run and not layer.runs:
             continue
         with torch.autocast(layer.weight.device.type, enabled=False):
-            values = regularizer(
-                layer.weight, layer.compressed_weight(), granularity, layer.output_axis
-            )
+            exact = gradient == 'exact'
+            compressed = layer.regularized_weight() if exact else layer.compressed_weight()
+            values = regularizer(layer.weight, compressed, granularity, layer.output_axis)
             terms.append(values.sum())
     if not terms:
         return None
     return torch.stack(terms).sum() / items
 
 
-def regularization(model: nn.Module, type: str = 'cosine', granularity: str = 'layer') -> Tensor:
+def regularization(
+    model: nn.Module, type: str = 'cosine', granularity: str = 'layer', gradient: str = 'exact'
+) -> Tensor:
     """L_reg of a model (arXiv 2511.08360, eq. 5), for training loops of one's own.
 
     Args:
         model: A compressed model.
         type: ``'cosine'``, ``'l2'`` or ``'none'``.
         granularity: ``'layer'``: one term a layer; ``'filter'``: one term an output filter.
+        gradient: ``'exact'`` differentiates W and the steps where they are differentiable;
+            ``'ste'`` also sends the compressed weight's gradient straight through to W, as a plain
+            autograd implementation would.
 
     Returns:
-        fp32 scalar, differentiable in the latent weights and (through the straight-through
-        estimator) the steps; layers with frozen parameters add nothing.
+        fp32 scalar, differentiable in the latent weights and the steps; layers with frozen
+        parameters add nothing.
 
     Raises:
         RecipeError: If the type or the granularity is unknown.
     """
-    value = mean_over_layers(compressed_layers(model).values(), type, granularity)
+    value = mean_over_layers(compressed_layers(model).values(), type, granularity, gradient)
     if value is None:
         device = next((p.device for p in model.parameters()), torch.device('cpu'))
         return torch.zeros((), device=device)
@@ -85,12 +100,14 @@ class Regularizer:
         type: Name of the regularizer.
         weight: Lambda.
         granularity: ``'layer'`` or ``'filter'``.
+        gradient: ``'exact'`` or ``'ste'``.
         scale: Factor on lambda at present (warm-up), set by the schedule hook.
     """
 
     type: str = 'cosine'
     weight: float = 1.0
     granularity: str = 'layer'
+    gradient: str = 'exact'
     scale: float = 1.0
 
     @classmethod
@@ -116,7 +133,8 @@ class Regularizer:
                     f'{nearest(str(key), KEYS)}; allowed: {", ".join(KEYS)}'
                 )
         made = cls(**plain)
-        get_regularizer(made.type, made.granularity)
+        # Of no layers: checks the names.
+        mean_over_layers((), made.type, made.granularity, made.gradient)
         if not isinstance(made.weight, (int, float)) or not 0 <= made.weight < float('inf'):
             raise ConfigError(
                 f'optim_wrapper.regularizer.weight={made.weight!r} is not a number >= 0'
@@ -128,5 +146,7 @@ class Regularizer:
         factor = self.weight * self.scale
         if self.type == 'none' or factor == 0:
             return None
-        value = mean_over_layers(layers, self.type, self.granularity, only_if_run=True)
+        value = mean_over_layers(
+            layers, self.type, self.granularity, self.gradient, only_if_run=True
+        )
         return None if value is None else value * factor

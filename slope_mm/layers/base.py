@@ -28,6 +28,7 @@ from slope_mm.ops import (
     SR_STE_DECAY,
     activation_codes,
     compress_weight,
+    constant_in_latent,
     grad_scale,
     mse_init_step,
     positive,
@@ -41,14 +42,17 @@ _OWN_ATTRIBUTES = (
     '_codes',
     '_pattern_now',
     '_step_ready',
+    '_placeholder',
     '_act_state',
     '_shared_weight',
+    '_shared_mask',
     '_sharing',
     '_observer',
     'runs',
     'loss_factor',
 )
-_TRANSIENT = ('_shared_weight', '_observer')
+# What a copy starts without: the state of a running step or of a calibration.
+_TRANSIENT = {'_shared_weight': None, '_shared_mask': None, '_sharing': False, '_observer': None}
 
 
 class CompressedLayer(nn.Module):
@@ -86,11 +90,13 @@ class CompressedLayer(nn.Module):
         self._codes = spec.weight_codes
         self._pattern_now: Pattern | None = spec.pattern
         self._step_ready = False
+        self._placeholder: Tensor | None = None
         self._act_state = UNCALIBRATED
         self._shared_weight: Tensor | None = None
+        self._shared_mask: Tensor | None = None
         self._sharing = False
         self._observer: ActivationObserver | None = None
-        # How often the layer ran with gradients since it was last reset.
+        # How often the layer ran for training since it was last reset.
         self.runs = 0
         # What the training loop multiplies losses by (AMP scale over accumulated batches): the
         # part of SR-STE's gradient that is not a loss has to follow it.
@@ -101,6 +107,7 @@ class CompressedLayer(nn.Module):
             step = torch.ones(step_shape(tuple(weight.shape), axis), device=weight.device)
             # A frozen weight's step is frozen too, or DDP would wait for its gradient.
             self.slope_step = nn.Parameter(step, requires_grad=trains)
+            self._await_initialisation()
         if spec.activation_bits is not None:
             step = torch.ones(1, device=weight.device)
             self.slope_act_step = nn.Parameter(step, requires_grad=trains)
@@ -148,9 +155,24 @@ class CompressedLayer(nn.Module):
         if self._codes is None:
             return None
         if not self._step_ready:
-            self.initialise_step()
+            self._initialise_placeholder()
             self._step_ready = True
         return self.slope_step
+
+    def _await_initialisation(self) -> None:
+        """Marks the steps as they stand as placeholders, to be computed from ``weight``."""
+        self._step_ready = False
+        if self.slope_step is not None:
+            self._placeholder = self.slope_step.detach().clone()
+
+    def _initialise_placeholder(self) -> None:
+        """Computes the steps, unless someone else (an average of models) has set them since."""
+        step, placeholder = self.slope_step, self._placeholder
+        if step is None or placeholder is None or not torch.equal(step, placeholder.to(step)):
+            self._step_ready = True
+            return
+        self.initialise_step()
+        self._await_initialisation()
 
     @torch.no_grad()
     def initialise_step(self) -> None:
@@ -180,29 +202,40 @@ class CompressedLayer(nn.Module):
         shared = self._shared_weight
         if shared is not None and (shared.requires_grad or not wants_grad):
             return shared if wants_grad else shared.detach()
-        with torch.autocast(self.weight.device.type, enabled=False):
-            compressed = self._compress()
-        if self._sharing:
-            self._shared_weight = compressed
-        return compressed
-
-    def _compress(self) -> Tensor:
         mask = self.slope_mask
         if mask is None:
             mask = self.live_mask(check_finite=self.weight.device.type == 'cpu')
-        scale = 1.0
-        if self._codes is not None and self.slope_step is not None:
-            kept = self.weight.numel() * (self._pattern_now.density if self._pattern_now else 1.0)
-            scale = grad_scale(kept / self.slope_step.numel(), self._codes)
-        return compress_weight(
-            self.weight,
-            self.step,
-            mask,
-            self._codes,
-            grad_scale=scale,
-            gradient=self.slope_spec.gradient,
-            decay=SR_STE_DECAY * self.loss_factor,
+        with torch.autocast(self.weight.device.type, enabled=False):
+            compressed = compress_weight(
+                self.weight,
+                self.step,
+                mask,
+                self._codes,
+                grad_scale=self._grad_scale,
+                gradient=self.slope_spec.gradient,
+                decay=SR_STE_DECAY * self.loss_factor,
+            )
+        if self._sharing:
+            self._shared_weight, self._shared_mask = compressed, mask
+        return compressed
+
+    def regularized_weight(self) -> Tensor:
+        """The compressed weight with the exact gradient: none to W, LSQ's to the step.
+
+        See :func:`~slope_mm.ops.constant_in_latent`; for losses that compare it with W.
+        """
+        compressed = self.compressed_weight()
+        mask = self._shared_mask if self._shared_weight is not None else self.mask
+        return constant_in_latent(
+            compressed, self.weight, self.step, mask, self._codes, grad_scale=self._grad_scale
         )
+
+    @property
+    def _grad_scale(self) -> float:
+        if self._codes is None or self.slope_step is None:
+            return 1.0
+        kept = self.weight.numel() * (self._pattern_now.density if self._pattern_now else 1.0)
+        return grad_scale(kept / self.slope_step.numel(), self._codes)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -229,40 +262,47 @@ class CompressedLayer(nn.Module):
 
     def begin_sharing(self) -> None:
         """Opens a sharing scope; drops what an earlier one left."""
-        self._shared_weight, self._sharing = None, True
+        self._shared_weight, self._shared_mask, self._sharing = None, None, True
 
     def end_sharing(self) -> None:
         """Closes the sharing scope and lets go of the compressed weight and its graph."""
-        self._shared_weight, self._sharing = None, False
+        self._shared_weight, self._shared_mask, self._sharing = None, None, False
 
     # --- masks -------------------------------------------------------------------------------
 
     def hold_mask(self) -> None:
         """Fixes the mask to today's; from now on it is saved state."""
         self.slope_mask = self.live_mask()
-        self._shared_weight = None
+        self._shared_weight = self._shared_mask = None
 
     def release_mask(self) -> None:
         """Lets the mask follow W again."""
         self.slope_mask = None
-        self._shared_weight = None
+        self._shared_weight = self._shared_mask = None
 
     def set_pattern(self, pattern: Pattern | None) -> None:
         """Uses another pattern than the recipe's for a while (a ramp towards it)."""
         self._pattern_now = pattern
-        self._shared_weight = None
+        self._shared_weight = self._shared_mask = None
 
     # --- activations -------------------------------------------------------------------------
 
     @property
     def calibrated(self) -> bool:
         """Whether the input's range and sign are known, or not needed."""
-        return self.slope_spec.activation_bits is None or self._act_state != UNCALIBRATED
+        return self.slope_spec.activation_bits is None or self._input_state() != UNCALIBRATED
+
+    def _input_state(self) -> int:
+        """UNCALIBRATED, UNSIGNED or SIGNED, as the buffer says; a GPU is not asked twice."""
+        if self._act_state == UNCALIBRATED and self.slope_spec.activation_bits is not None:
+            # Whoever averages models or broadcasts buffers writes to the buffer alone.
+            self._act_state = int(self.slope_act_signed)
+        return self._act_state
 
     @property
     def activation_signed(self) -> bool | None:
         """Whether negative codes are used for the input; None without quantized input."""
-        if self.slope_spec.activation_bits is None or self._act_state == UNCALIBRATED:
+        if self.slope_spec.activation_bits is None or self._input_state() == UNCALIBRATED:
             return None
         return self._act_state == SIGNED
 
@@ -296,7 +336,8 @@ class CompressedLayer(nn.Module):
         An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
         evaluation it passes the input through.
         """
-        if torch.is_grad_enabled():
+        # Activation checkpointing runs a training forward without gradients first.
+        if self.training or torch.is_grad_enabled():
             self.runs += 1
         bits = self.slope_spec.activation_bits
         if bits is None or self.slope_act_step is None:
@@ -304,7 +345,7 @@ class CompressedLayer(nn.Module):
         if self._observer is not None:
             self._observer.observe(x)
             return x
-        if self._act_state == UNCALIBRATED:
+        if self._input_state() == UNCALIBRATED:
             if not self.training or x.numel() == 0:
                 return x
             observer = ActivationObserver()
@@ -318,7 +359,7 @@ class CompressedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self._step_ready:
             # Provisional: W may still be re-initialised before the first use.
-            self.initialise_step()
+            self._initialise_placeholder()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -337,23 +378,24 @@ class CompressedLayer(nn.Module):
             CheckpointError: If the layer was compressed in another way when it was saved.
         """
         self._check_signature(state_dict.get(prefix + 'slope_layer'), prefix)
+        has_weight = prefix + 'weight' in state_dict
         held = state_dict.get(prefix + 'slope_mask')
-        if held is None or held.shape != self.weight.shape or self.slope_spec.pattern is None:
-            self.slope_mask = None
-        else:
+        if held is not None and held.shape == self.weight.shape and self.slope_spec.pattern:
             # A buffer of the right shape for the parent class to fill.
             self.slope_mask = torch.empty_like(self.weight, dtype=torch.bool)
+        elif has_weight:
+            # The mask belonged to another weight.
+            self.slope_mask = None
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         own = prefix + 'slope_'
         missing_keys.extend(key for key in missing if not key.startswith(own))
-        has_weight = prefix + 'weight' in state_dict
         if prefix + 'slope_step' in state_dict:
             self._step_ready = True
         elif has_weight:
-            self._step_ready = False
+            self._await_initialisation()
         if self.slope_spec.activation_bits is not None:
             if prefix + 'slope_act_signed' in state_dict:
                 self._act_state = int(self.slope_act_signed)
@@ -361,7 +403,7 @@ class CompressedLayer(nn.Module):
                 # Another network's activations: its range has to be found anew.
                 self._act_state = UNCALIBRATED
                 self.slope_act_signed.fill_(UNCALIBRATED)
-        self._shared_weight = None
+        self._shared_weight = self._shared_mask = None
 
     def _check_signature(self, saved: Tensor | None, prefix: str) -> None:
         if saved is None:
@@ -377,9 +419,7 @@ class CompressedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Non-leaf tensors of a running step can be neither copied nor pickled.
         state = self.__dict__.copy()
-        for name in _TRANSIENT:
-            if name in state:
-                state[name] = None
+        state.update((name, value) for name, value in _TRANSIENT.items() if name in state)
         return state
 
     def extra_repr(self) -> str:

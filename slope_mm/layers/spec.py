@@ -44,7 +44,10 @@ class LayerSpec:
     @property
     def signature(self) -> str:
         """What a checkpoint of this layer depends on, in one line of ASCII."""
-        return f'{self} {self.codes} {self.step}' if self.bits else str(self)
+        text = f'{self} {self.codes} {self.step}' if self.bits else str(self)
+        # The order matters where there are two things to order.
+        ordered = self.bits is not None and self.pattern is not None
+        return f'{text} {self.order}' if ordered and self.order != 's_then_q' else text
 
     def __str__(self) -> str:
         parts = [self.pattern.name if self.pattern else 'dense']

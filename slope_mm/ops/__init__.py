@@ -1,6 +1,6 @@
 """The mathematics on tensors: sparsity, quantization, regularizers, metrics. Knows torch alone."""
 
-from slope_mm.ops.compress import GRADIENTS, SR_STE_DECAY, compress_weight
+from slope_mm.ops.compress import GRADIENTS, SR_STE_DECAY, compress_weight, constant_in_latent
 from slope_mm.ops.metrics import clipped_share, cosine, flip_rate, sqnr_db, zero_share
 from slope_mm.ops.quantization import (
     CODE_SETS,
@@ -56,6 +56,7 @@ __all__ = [
     'check_bits',
     'clipped_share',
     'compress_weight',
+    'constant_in_latent',
     'cosine',
     'cosine_distance',
     'flip_rate',

@@ -54,14 +54,10 @@ class _MaskedQuantize(torch.autograd.Function):
         w, step, mask = ctx.saved_tensors
         passes: Tensor | None = None
         grad_step = None
-        if ctx.codes is not None:
+        if ctx.codes is not None and step is not None:
             passes, d_step = step_terms(w, positive(step), ctx.codes)
             if ctx.needs_input_grad[1]:
-                d_step.mul_(grad)
-                if mask is not None:
-                    d_step.mul_(mask)
-                summed = d_step.sum_to_size(step.shape).mul_(ctx.grad_scale)
-                grad_step = (summed * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
+                grad_step = _step_gradient(d_step, grad, mask, step, ctx.grad_scale)
         if not ctx.needs_input_grad[0]:
             return None, grad_step, None, None, None, None, None
         if mask is not None:
@@ -74,6 +70,71 @@ class _MaskedQuantize(torch.autograd.Function):
         if ctx.gradient == 'sr_ste' and mask is not None:
             grad_w = grad_w + w * mask.logical_not() * ctx.decay
         return grad_w, grad_step, None, None, None, None, None
+
+
+class _StepPath(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compressed: Tensor,
+        w: Tensor,
+        step: Tensor,
+        mask: Tensor | None,
+        codes: Codes,
+        grad_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(w, step, mask)
+        ctx.codes, ctx.grad_scale = codes, grad_scale
+        return compressed.view_as(compressed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w, step, mask = ctx.saved_tensors
+        _, d_step = step_terms(w, positive(step), ctx.codes)
+        return None, None, _step_gradient(d_step, grads[0], mask, step, ctx.grad_scale), *[None] * 3
+
+
+def _step_gradient(
+    d_step: Tensor, grad: Tensor, mask: Tensor | None, step: Tensor, grad_scale: float
+) -> Tensor:
+    """Sums a weight's step derivatives; consumes ``d_step``."""
+    d_step.mul_(grad)
+    if mask is not None:
+        d_step.mul_(mask)
+    summed = d_step.sum_to_size(step.shape).mul_(grad_scale)
+    # positive() folds a negative step, and with it the derivative.
+    return (summed * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
+
+
+def constant_in_latent(
+    compressed: Tensor,
+    w: Tensor,
+    step: Tensor | None,
+    mask: Tensor | None,
+    codes: Codes | None,
+    *,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """A compressed weight as what it is almost everywhere: constant in W, linear in the step.
+
+    What a regularizer that compares W with its compressed form has to differentiate. The
+    straight-through estimator is no gradient of such a loss: it lets pruned weights grow, and the
+    cosine falls (docs/method.md).
+
+    Args:
+        compressed: What :func:`compress_weight` made of the other arguments.
+        w: Latent weight.
+        step: Steps; None without quantization.
+        mask: Bool, True where kept; None for dense.
+        codes: Code set; None without quantization.
+        grad_scale: Scale of the step's gradient.
+
+    Returns:
+        The same values, differentiable in the step alone.
+    """
+    if step is None or codes is None:
+        return compressed.detach()
+    return _StepPath.apply(compressed.detach(), w.detach(), step, mask, codes, grad_scale)
 
 
 def compress_weight(
@@ -106,7 +167,7 @@ def compress_weight(
     Raises:
         RecipeError: If the gradient's name is unknown.
     """
-    if gradient not in GRADIENTS:
+    if not isinstance(gradient, str) or gradient not in GRADIENTS:
         raise RecipeError(
             f'gradient={gradient!r} is unknown; choose one of {sorted(GRADIENTS)}'
             f'{nearest(str(gradient), GRADIENTS)}'

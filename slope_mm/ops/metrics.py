@@ -12,9 +12,8 @@ from slope_mm.ops.quantization import Codes, positive
 def cosine(w: Tensor, compressed: Tensor) -> Tensor:
     """Cosine of the angle between the flattened tensors; 1 if both are zero, 0 if one is."""
     a, b = w.float().flatten(), compressed.float().flatten()
-    norms = (torch.dot(a, a) * torch.dot(b, b)).sqrt()
-    both_zero = torch.equal(a, b) and not bool(norms)
-    if both_zero:
+    norms = a.norm() * b.norm()
+    if not bool(norms) and torch.equal(a, b):
         return torch.ones((), device=w.device)
     return torch.dot(a, b) / norms.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -24,7 +23,9 @@ def sqnr_db(w: Tensor, compressed: Tensor) -> Tensor:
     """``10 log10(|w|^2 / |w - compressed|^2)`` in dB; +inf without error."""
     a = w.float().flatten()
     error = a - compressed.float().flatten()
-    return 10 * torch.log10(torch.dot(a, a) / torch.dot(error, error))
+    noise = torch.dot(error, error)
+    ratio = torch.where(noise > 0, torch.dot(a, a) / noise, float('inf'))
+    return 10 * torch.log10(ratio)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def weight_codes(name: str, bits: int) -> Codes:
     Raises:
         RecipeError: For an unknown name or a bit width outside 2..8.
     """
-    if name not in CODE_SETS:
+    if not isinstance(name, str) or name not in CODE_SETS:
         raise RecipeError(
             f'weight codes={name!r} is unknown; choose one of {sorted(CODE_SETS)}'
             f'{nearest(str(name), CODE_SETS)}'
@@ -108,6 +108,15 @@ def positive(step: Tensor) -> Tensor:
     return step.detach().float().abs().clamp_min(SMALLEST_STEP)
 
 
+def _scaled(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+    """``x / step - offset`` in the step's precision or better: the values that are rounded."""
+    if step.dim() == 0:
+        # Type promotion does not count a number without dimensions.
+        x = x.to(torch.promote_types(x.dtype, step.dtype))
+    scaled = x / step
+    return scaled.sub_(codes.offset) if codes.offset else scaled
+
+
 def to_codes(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     """Integer codes of ``x`` as a float tensor: ``clip(round(x / step - offset), qn, qp)``.
 
@@ -116,10 +125,7 @@ def to_codes(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
         step: Positive steps, broadcastable to ``x``.
         codes: The code set.
     """
-    scaled = x / step
-    if codes.offset:
-        scaled.sub_(codes.offset)
-    return scaled.round_().clamp_(codes.qn, codes.qp)
+    return _scaled(x, step, codes).round_().clamp_(codes.qn, codes.qp)
 
 
 def from_codes(integer: Tensor, step: Tensor, codes: Codes) -> Tensor:
@@ -144,13 +150,11 @@ def step_terms(x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
         ``(inside, d_step)``: where the straight-through gradient passes (bool), and the derivative
         by the step (fp32), both of ``x``'s shape.
     """
-    scaled = x / step
-    if codes.offset:
-        scaled.sub_(codes.offset)
+    scaled = _scaled(x, step, codes)
     inside = (scaled > codes.qn) & (scaled < codes.qp)
     d_step = scaled.round().clamp_(codes.qn, codes.qp)
     # Outside, the level itself remains: qn or qp; inside, v is subtracted.
-    d_step.sub_(scaled.mul_(inside))
+    d_step.sub_(scaled.masked_fill_(inside.logical_not(), 0))
     if codes.offset:
         # level - v = (round(u) + o) - (u + o) inside, qp + o outside, with u = v - o.
         d_step.add_(inside.logical_not() * codes.offset)
@@ -243,20 +247,24 @@ def lsq_init_step(
     return (2 * mean / math.sqrt(codes.largest)).clamp_min(SMALLEST_STEP)
 
 
-def _search_rows(rows: Tensor, kept: Tensor | None, codes: Codes) -> Tensor:
-    """Per row, the clip range of least squared error out of a grid of shares of the maximum.
+def _search_rows(rows: Tensor, kept: Tensor | None, codes: Codes, start: Tensor) -> Tensor:
+    """Per row, the step of least squared error: ``start``, or a share of the maximum as clip range.
 
     The error has several local minima (at 8 bits the LSQ start lies 13 dB below the best one), so
     a search comes before the descent. 1,024 values a row are enough to rank the candidates.
     """
     largest = rows.abs().amax(1, keepdim=True)
     stride = max(1, rows.shape[1] // 1024)
+    while math.gcd(stride, rows.shape[1]) > 1:
+        # Else the sample could hold a single position of the kernel, or of the N:M groups.
+        stride -= 1
     sample = rows[:, ::stride]
     weight = None if kept is None else kept[:, ::stride]
     best = torch.full_like(largest, float('inf'))
     step = (largest / codes.largest).clamp_min(SMALLEST_STEP)
-    for share in torch.linspace(0.1, 1.1, 21).tolist():
-        candidate = (largest * (share / codes.largest)).clamp_min(SMALLEST_STEP)
+    shares = torch.linspace(0.1, 1.1, 21).tolist()
+    for candidate in (start, *(largest * (share / codes.largest) for share in shares)):
+        candidate = candidate.clamp_min(SMALLEST_STEP)
         error = from_codes(to_codes(sample, candidate, codes), candidate, codes).sub_(sample)
         error.mul_(error)
         if weight is not None:
@@ -276,8 +284,8 @@ def mse_init_step(
 ) -> Tensor:
     """The step of least squared error over the kept weights.
 
-    A grid search over clip ranges, then alternations of rounding with the closed-form best step
-    ``<w, level> / <level, level>``, which never increase the error.
+    A search over clip ranges and LSQ's first step, then alternations of rounding with the
+    closed-form best step ``<w, level> / <level, level>``, which never increase the error.
 
     Args:
         w: Weight.
@@ -296,7 +304,8 @@ def mse_init_step(
     if mask is not None:
         w = w * mask
     rows, kept = _as_rows(w, axis), None if mask is None else _as_rows(mask, axis)
-    step = _search_rows(rows, kept, codes).reshape(shape)
+    start = lsq_init_step(w, codes, axis, mask).reshape(-1, 1)
+    step = _search_rows(rows, kept, codes, start).reshape(shape)
     for _ in range(iterations):
         level = to_codes(w, step, codes)
         if codes.offset:

@@ -38,7 +38,8 @@ def cosine_distance(
     """``1 - cos(w, compressed)`` (arXiv 2511.08360, eq. 5), differentiable in both.
 
     An item whose latent weight is zero is aligned with anything: 0, with zero gradient. A
-    compressed weight of zero beside a latent one that is not gives 1.
+    compressed weight of zero beside a latent one that is not gives 1, with zero gradient too: it
+    has no direction that could be turned.
 
     Args:
         w: Latent weight.
@@ -51,10 +52,12 @@ def cosine_distance(
     """
     a = _rows(w, granularity, output_axis)
     b = _rows(compressed, granularity, output_axis)
-    norms = _row_dot(a, a) * _row_dot(b, b)
-    # The masked values keep sqrt's infinite slope at zero out of the gradient.
-    cosine = _row_dot(a, b) / norms.clamp_min(_TINY).sqrt()
-    return torch.where((a == 0).all(1), torch.zeros_like(cosine), 1 - cosine)
+    power_a, power_b = _row_dot(a, a), _row_dot(b, b)
+    # Each norm apart: their product leaves fp32's range long before they do. The lower bound keeps
+    # sqrt's infinite slope at zero out of the gradient.
+    norms = power_a.clamp_min(_TINY).sqrt() * power_b.clamp_min(_TINY).sqrt()
+    cosine = torch.where(power_b > 0, _row_dot(a, b) / norms, torch.zeros_like(norms))
+    return torch.where(power_a > 0, 1 - cosine, torch.zeros_like(cosine))
 
 
 def relative_l2(
@@ -94,7 +97,7 @@ def get_regularizer(name: str, granularity: str = 'layer') -> Callable[..., Tens
     Raises:
         RecipeError: If the name or the granularity is unknown.
     """
-    if name not in REGULARIZERS:
+    if not isinstance(name, str) or name not in REGULARIZERS:
         raise RecipeError(
             f'regularizer type={name!r} is unknown; choose one of {sorted(REGULARIZERS)}'
             f'{nearest(str(name), REGULARIZERS)}'

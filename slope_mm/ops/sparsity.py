@@ -61,9 +61,14 @@ def nm_mask(w: Tensor, n: int, m: int, dim: int = 1, *, check_finite: bool = Tru
 
     Raises:
         RecipeError: If ``n`` and ``m`` are not a valid pattern.
-        TensorError: If the axis is not divisible by ``m``, or ``w`` is not finite.
+        TensorError: If there is no such axis, it is not divisible by ``m``, or ``w`` is not finite.
     """
     NMPattern(n, m)
+    if not -w.dim() <= dim < w.dim():
+        raise TensorError(
+            f'a weight of shape {tuple(w.shape)} has no axis {dim}; give the axis of its input'
+            ' channels'
+        )
     dim = dim % w.dim()
     if w.shape[dim] % m:
         raise TensorError(
@@ -205,7 +210,8 @@ class UnstructuredPattern:
 
     @property
     def name(self) -> str:
-        return f'unstructured:{self.share:g}'
+        # The shortest spelling that reads back as the same number.
+        return f'unstructured:{self.share}'
 
     @property
     def density(self) -> float:
@@ -228,7 +234,7 @@ class UnstructuredPattern:
 # Each row: the spelling in a recipe, and how its groups of digits become a pattern.
 PATTERNS: dict[str, Callable[..., Pattern]] = {
     r'(\d+):(\d+)': lambda n, m: NMPattern(int(n), int(m)),
-    r'unstructured:(\d*\.?\d+)': lambda share: UnstructuredPattern(float(share)),
+    r'unstructured:(\d*\.?\d+(?:e-?\d+)?)': lambda share: UnstructuredPattern(float(share)),
 }
 
 
