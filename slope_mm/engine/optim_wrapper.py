@@ -62,8 +62,12 @@ class RegularizedOptimWrapper(OptimWrapper):
             layer.begin_sharing()
             layer.runs, layer.loss_factor = 0, factor
         module.slope_in_step = True
-        with super().optim_context(model):
-            yield
+        try:
+            with super().optim_context(model):
+                yield
+        except BaseException:
+            self._end_step()
+            raise
 
     def update_params(
         self,
@@ -82,10 +86,13 @@ class RegularizedOptimWrapper(OptimWrapper):
                 loss = loss + regularization
             super().update_params(loss, step_kwargs, zero_kwargs)
         finally:
-            for layer in self._layers:
-                layer.end_sharing()
-            if self._model is not None:
-                self._model.slope_in_step = False  # type: ignore[assignment]
+            self._end_step()
+
+    def _end_step(self) -> None:
+        for layer in self._layers:
+            layer.end_sharing()
+        if self._model is not None:
+            self._model.slope_in_step = False  # type: ignore[assignment]
 
     def step(self, **kwargs: Any) -> None:
         """Updates the parameters; no step changes by more than ``step_limit`` of itself.
@@ -195,27 +202,34 @@ class SlopeOptimWrapperConstructor:
             )
         wrapper.__class__ = _regularized(type(wrapper))
         wrapper.set_regularizer(self.regularizer)
+        wrapper.step_limit = self.step_limit
         self._group_steps(wrapper.optimizer, getattr(model, 'module', model))
         return wrapper
 
     def _group_steps(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        steps = [
-            p
+        named = {
+            p: name
             for name, p in model.named_parameters()
             if name.rsplit('.', 1)[-1].startswith('slope_')
-        ]
-        if not steps:
+        }
+        if not named:
             return
-        own = {id(p) for p in steps}
-        trained = {id(p) for group in optimizer.param_groups for p in group['params']}
+        trained = {p for group in optimizer.param_groups for p in group['params']}
         groups = []
         for group in optimizer.param_groups:
-            group['params'] = [p for p in group['params'] if id(p) not in own]
-            if group['params']:
+            others = [i for i, p in enumerate(group['params']) if p not in named]
+            # Layer-decay constructors name their parameters beside listing them.
+            for key in {'params', 'param_names'} & group.keys():
+                group[key] = [group[key][i] for i in others]
+            if others:
                 groups.append(group)
         optimizer.param_groups[:] = groups
-        lr = optimizer.defaults['lr'] * self.step_lr_mult
         # A base constructor may leave frozen parameters out; their steps stay out too.
-        steps = [p for p in steps if id(p) in trained]
-        if steps:
-            optimizer.add_param_group({'params': steps, 'lr': lr, 'weight_decay': 0.0})
+        steps = [p for p in named if p in trained]
+        if not steps:
+            return
+        own = {'params': steps, 'lr': optimizer.defaults['lr'] * self.step_lr_mult}
+        # torch takes names in all groups or in none.
+        if any('param_names' in group for group in groups):
+            own['param_names'] = [named[p] for p in steps]
+        optimizer.add_param_group({**own, 'weight_decay': 0.0})

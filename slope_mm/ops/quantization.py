@@ -154,7 +154,7 @@ def step_terms(x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     inside = (scaled > codes.qn) & (scaled < codes.qp)
     d_step = scaled.round().clamp_(codes.qn, codes.qp)
     # Outside, the level itself remains: qn or qp; inside, v is subtracted.
-    d_step.sub_(scaled.masked_fill_(inside.logical_not(), 0))
+    d_step.sub_(scaled.mul_(inside))
     if codes.offset:
         # level - v = (round(u) + o) - (u + o) inside, qp + o outside, with u = v - o.
         d_step.add_(inside.logical_not() * codes.offset)
@@ -162,26 +162,38 @@ def step_terms(x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
 
 
 class _LSQ(torch.autograd.Function):
-    """Quantize with a learned step; backward recomputes instead of keeping float copies."""
+    """Quantize with a learned step.
+
+    The result is kept for the backward pass; whatever multiplies it keeps it alive anyway.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, codes: Codes, grad_scale: float) -> Tensor:
-        ctx.save_for_backward(x, step)
         ctx.codes, ctx.grad_scale = codes, grad_scale
         s = positive(step)
-        return from_codes(to_codes(x, s, codes), s, codes).to(x.dtype)
+        quantized = from_codes(to_codes(x, s, codes), s, codes).to(x.dtype)
+        ctx.save_for_backward(x, step, quantized)
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, step = ctx.saved_tensors
-        inside, d_step = step_terms(x, positive(step), ctx.codes)
+        x, step, quantized = ctx.saved_tensors
+        s, codes = positive(step), ctx.codes
+        low, high = s * (codes.qn + codes.offset), s * (codes.qp + codes.offset)
+        inside = (x > low) & (x < high)
+        grad_x = grad * inside
         grad_step = None
         if ctx.needs_input_grad[1]:
-            summed = d_step.mul_(grad).sum_to_size(step.shape).mul_(ctx.grad_scale)
+            # step * d(quantized)/d(step) is quantized - x inside and quantized outside: the LSQ
+            # formula without rounding again.
+            # (Products, not torch.where: masked selection is ten times slower on a CPU.)
+            product = grad.to(s.dtype) * quantized
+            # An input that overflowed lies outside: 0 * inf has to count as 0.
+            product -= (grad_x.to(s.dtype) * x).nan_to_num_(nan=0.0)
+            summed = product.sum_to_size(step.shape).div_(s).mul_(ctx.grad_scale)
             grad_step = (summed * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        return grad_x, grad_step, None, None
+        return grad_x if ctx.needs_input_grad[0] else None, grad_step, None, None
 
 
 def lsq_quantize(

@@ -1,5 +1,5 @@
 # Fine-tuning of the small models from their dense start: one schedule for all arms.
-max_epochs = 4
+max_epochs = 3
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -1,0 +1,374 @@
+"""Mask and quantize in one operation: values against loops, gradients against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slope_mm.errors import RecipeError
+from slope_mm.ops import (
+    CODE_SETS,
+    GRADIENTS,
+    SR_STE_DECAY,
+    Codes,
+    compress_weight,
+    constant_in_latent,
+    nm_mask,
+    step_shape,
+    weight_codes,
+)
+
+# Shape, input axis, output axis.
+WEIGHTS: dict[str, tuple[tuple[int, ...], int, int]] = {
+    'conv': ((6, 8, 3, 2), 1, 0),
+    'linear': ((6, 16), 1, 0),
+    'transposed conv': ((8, 6, 2, 3), 0, 1),
+}
+
+
+def random_tensor(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def steps_for(shape: tuple[int, ...], axis: int | None, codes: Codes) -> Tensor:
+    """Steps of different sizes that clip some of a normal distribution."""
+    uniform = torch.rand(step_shape(shape, axis), generator=torch.Generator().manual_seed(1))
+    return (0.5 + uniform) * 1.5 / codes.largest
+
+
+def slow_nm(w: np.ndarray, n: int, m: int, axis: int) -> np.ndarray:
+    mask = np.zeros(w.shape, dtype=bool)
+    groups = np.moveaxis(w, axis, -1)
+    kept = np.moveaxis(mask, axis, -1)
+    for place in np.ndindex(*groups.shape[:-1]):
+        for first in range(0, groups.shape[-1], m):
+            group = groups[place][first : first + m]
+            for k in sorted(range(m), key=lambda k: -abs(group[k]))[:n]:
+                kept[place][first + k] = True
+    return mask
+
+
+def slow_compress(
+    w: np.ndarray, step: np.ndarray | None, mask: np.ndarray | None, codes: Codes | None
+) -> np.ndarray:
+    """Sparsify first, quantize second, one weight after the other in fp32."""
+    result = np.zeros(w.shape, dtype=np.float32)
+    for index in np.ndindex(*w.shape):
+        if mask is not None and not mask[index]:
+            continue
+        value = np.float32(w[index])
+        if codes is not None and step is not None:
+            s = np.float32(np.broadcast_to(step, w.shape)[index])
+            offset = np.float32(codes.offset)
+            code = np.clip(np.rint(value / s - offset), codes.qn, codes.qp)
+            value = (np.float32(code) + offset) * s
+        result[index] = value
+    return result
+
+
+def clip_range(codes: Codes) -> tuple[float, float]:
+    return codes.qn + codes.offset, codes.qp + codes.offset
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', WEIGHTS)
+@pytest.mark.parametrize('pattern', [None, (2, 4), (4, 8)])
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('name', [None, *CODE_SETS])
+def test_the_compressed_weight_is_the_definition(
+    kind: str, pattern: tuple[int, int] | None, per_channel: bool, name: str | None
+) -> None:
+    shape, input_axis, output_axis = WEIGHTS[kind]
+    w = random_tensor(shape)
+    mask = None if pattern is None else nm_mask(w, *pattern, input_axis)
+    slow_mask = None if pattern is None else slow_nm(w.numpy(), *pattern, input_axis)
+    codes = None if name is None else weight_codes(name, 3)
+    step = None if codes is None else steps_for(shape, output_axis if per_channel else None, codes)
+    compressed = compress_weight(w, step, mask, codes)
+    expected = slow_compress(w.numpy(), None if step is None else step.numpy(), slow_mask, codes)
+    assert tuple(compressed.shape) == shape
+    np.testing.assert_array_equal(compressed.numpy(), expected)
+
+
+@pytest.mark.parametrize('name', CODE_SETS)
+def test_masked_weights_are_exact_zeros_and_kept_ones_need_not_be(name: str) -> None:
+    """In the set without a zero too; a kept weight may round to zero in the others."""
+    w, codes = random_tensor((8, 16, 3, 3)), weight_codes(name, 2)
+    mask = nm_mask(w, 2, 4)
+    compressed = compress_weight(w, torch.ones(8, 1, 1, 1), mask, codes)
+    assert (compressed[~mask] == 0).all()
+    assert bool((compressed[mask] == 0).any()) is (name != 'odd')
+
+
+@pytest.mark.parametrize('name', [None, *CODE_SETS])
+def test_the_weight_is_left_alone(name: str | None) -> None:
+    w = random_tensor((4, 8))
+    before = w.clone()
+    codes = None if name is None else weight_codes(name, 4)
+    step = None if codes is None else torch.full((4, 1), 0.1)
+    for mask in (None, nm_mask(w, 2, 4)):
+        compressed = compress_weight(w, step, mask, codes)
+        assert compressed.data_ptr() != w.data_ptr()
+        compressed.zero_()
+        assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_low_precision_weights_are_compressed_in_fp32(dtype: torch.dtype) -> None:
+    codes = weight_codes('lsq', 8)
+    w = random_tensor((16, 64)).to(dtype).requires_grad_()
+    mask = nm_mask(w, 2, 4)
+    step = torch.full((16, 1), 0.0137, requires_grad=True)
+    compressed = compress_weight(w, step, mask, codes)
+    expected = slow_compress(w.detach().float().numpy(), step.detach().numpy(), mask.numpy(), codes)
+    assert compressed.dtype == dtype
+    assert torch.equal(compressed, torch.from_numpy(expected).to(dtype))
+    compressed.float().sum().backward()
+    assert w.grad is not None and w.grad.dtype == dtype
+    assert step.grad is not None and step.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('shape', [(1, 4), (1, 1), (4, 1, 3, 3), (1, 4, 1, 1)])
+def test_layers_of_one_channel(shape: tuple[int, ...]) -> None:
+    w, codes = random_tensor(shape).requires_grad_(), weight_codes('lsq', 4)
+    step = torch.full(step_shape(shape, 0), 0.1, requires_grad=True)
+    mask = nm_mask(w, 2, 4) if shape[1] == 4 else None
+    compress_weight(w, step, mask, codes).sum().backward()
+    assert w.grad is not None and w.grad.shape == shape
+    assert step.grad is not None and step.grad.shape == step.shape
+
+
+def test_zero_weights_stay_zero_and_keep_finite_gradients() -> None:
+    codes = weight_codes('lsq', 4)
+    w = torch.zeros(4, 8, requires_grad=True)
+    step = torch.zeros(4, 1, requires_grad=True)
+    compressed = compress_weight(w, step, nm_mask(w, 2, 4), codes)
+    assert (compressed == 0).all()
+    compressed.sum().backward()
+    assert w.grad is not None and step.grad is not None
+    assert torch.equal(w.grad, torch.ones(4, 8))
+    assert torch.equal(step.grad, torch.zeros(4, 1))
+
+
+def test_weights_of_a_checkpoint_in_channels_last() -> None:
+    w = random_tensor((8, 16, 3, 3)).contiguous(memory_format=torch.channels_last)
+    codes, step = weight_codes('lsq', 4), torch.full((8, 1, 1, 1), 0.1)
+    expected = slow_compress(w.numpy(), step.numpy(), slow_nm(w.numpy(), 2, 4, 1), codes)
+    compressed = compress_weight(w, step, nm_mask(w, 2, 4), codes)
+    np.testing.assert_array_equal(compressed.numpy(), expected)
+
+
+@pytest.mark.parametrize('gradient', ['st', 'STE', '', None, ['ste']])
+def test_unknown_gradients_are_refused(gradient: object) -> None:
+    with pytest.raises(RecipeError, match=r"gradient=.*choose one of \['masked', 'sr_ste', 'ste'"):
+        compress_weight(torch.ones(4, 4), gradient=gradient)  # type: ignore[arg-type]
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', WEIGHTS)
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('name', [None, *CODE_SETS])
+def test_gradients_are_the_closed_forms(
+    kind: str, gradient: str, sparse: bool, name: str | None
+) -> None:
+    """One weight after the other.
+
+    STE: identity, but not beyond the clip range of a kept weight (a pruned one enters the
+    quantizer as zero). SR-STE adds ``decay * w`` where pruned; ``masked`` gives nothing there.
+    The step gets LSQ's derivative of the kept weights alone.
+    """
+    shape, input_axis, output_axis = WEIGHTS[kind]
+    w = random_tensor(shape).requires_grad_()
+    upstream = random_tensor(shape, seed=2)
+    mask = nm_mask(w, 2, 4, input_axis) if sparse else None
+    codes = None if name is None else weight_codes(name, 3)
+    step = None if codes is None else steps_for(shape, output_axis, codes).requires_grad_()
+    scale, decay = 0.21, 0.03
+    compress_weight(
+        w, step, mask, codes, grad_scale=scale, gradient=gradient, decay=decay
+    ).backward(upstream)
+
+    expected_w = np.zeros(shape)
+    expected_step = np.zeros(step_shape(shape, output_axis))
+    for index in np.ndindex(*shape):
+        g, kept = upstream[index].item(), mask is None or bool(mask[index])
+        inside = True
+        if kept and codes is not None and step is not None:
+            channel = tuple(index[i] if i == output_axis else 0 for i in range(len(shape)))
+            v, (low, high) = w[index].item() / step[channel].item(), clip_range(codes)
+            inside = low < v < high
+            rounded = float(np.rint(v - codes.offset)) + codes.offset
+            d_step = rounded - v if inside else max(low, min(high, v))
+            expected_step[channel] += scale * g * d_step
+        if kept:
+            expected_w[index] = g if inside else 0.0
+        elif gradient != 'masked':
+            expected_w[index] = g + (decay * w[index].item() if gradient == 'sr_ste' else 0.0)
+    assert w.grad is not None
+    np.testing.assert_allclose(w.grad.numpy(), expected_w, rtol=1e-5, atol=1e-6)
+    if step is not None:
+        assert step.grad is not None and step.grad.shape == step.shape
+        np.testing.assert_allclose(step.grad.numpy(), expected_step, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('name', CODE_SETS)
+def test_gradients_are_finite_differences_of_the_unrounded_operation(
+    name: str, sparse: bool
+) -> None:
+    """In double precision, with the mask and what rounding added held fixed.
+
+    ``S`` is the identity to the straight-through estimator (a pruned weight moves the result as
+    if it were let through), hence the added ``(w - w0)`` where pruned.
+    """
+    codes = weight_codes(name, 3)
+    low, high = clip_range(codes)
+    w0 = random_tensor((12, 16)).double().numpy()
+    # Steps that fp32 holds exactly: the operation computes with fp32 steps.
+    s0 = np.float32(steps_for((12, 16), 0, codes).numpy()).astype(np.float64)
+    mask = slow_nm(w0, 2, 4, 1) if sparse else np.ones(w0.shape, dtype=bool)
+    corners = np.minimum(abs(w0 / s0 - low), abs(w0 / s0 - high)) < 1e-3
+    w0[corners & mask] *= 1.01
+    clipped = np.clip(w0 / s0, low, high)
+    rounding = np.rint(clipped - codes.offset) + codes.offset - clipped
+    upstream = np.random.default_rng(0).standard_normal(w0.shape)
+
+    def loss(w: np.ndarray, s: np.ndarray) -> float:
+        quantized = (np.clip(w / s, low, high) + rounding) * s
+        return float((upstream * np.where(mask, quantized, w - w0)).sum())
+
+    w = torch.from_numpy(w0).requires_grad_()
+    step = torch.from_numpy(s0).requires_grad_()
+    compress_weight(w, step, torch.from_numpy(mask) if sparse else None, codes).backward(
+        torch.from_numpy(upstream)
+    )
+    assert w.grad is not None and step.grad is not None
+    h = 1e-6
+    for channel in range(12):
+        up, down = s0.copy(), s0.copy()
+        up[channel] += h
+        down[channel] -= h
+        by_step = (loss(w0, up) - loss(w0, down)) / (2 * h)
+        assert step.grad[channel].item() == pytest.approx(by_step, rel=1e-4, abs=1e-4)
+        for k in range(16):
+            more, less = w0.copy(), w0.copy()
+            more[channel, k] += h
+            less[channel, k] -= h
+            by_w = (loss(more, s0) - loss(less, s0)) / (2 * h)
+            assert w.grad[channel, k].item() == pytest.approx(by_w, rel=1e-5, abs=1e-5)
+
+
+def test_pruned_weights_can_come_back_under_ste() -> None:
+    w = torch.tensor([[1.0, 0.9, 0.8, 0.7]], requires_grad=True)
+    for _ in range(10):
+        mask = nm_mask(w, 2, 4)
+        loss = compress_weight(w, mask=mask)[0, 3].neg()
+        (gradient,) = torch.autograd.grad(loss, w)
+        with torch.no_grad():
+            w -= 0.05 * gradient
+    assert nm_mask(w, 2, 4)[0, 3]
+
+
+def test_sr_ste_decays_by_its_papers_factor_unless_told() -> None:
+    assert SR_STE_DECAY == 2e-4
+    w = random_tensor((4, 8)).requires_grad_()
+    mask = nm_mask(w, 2, 4)
+    compress_weight(w, mask=mask, gradient='sr_ste').backward(torch.zeros(4, 8))
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, torch.where(mask, 0.0, 2e-4 * w.detach()))
+
+
+def test_a_negative_step_counts_as_its_magnitude() -> None:
+    codes, w = weight_codes('lsq', 4), random_tensor((4, 8))
+    steps = [torch.full((4, 1), sign * 0.15, requires_grad=True) for sign in (1.0, -1.0)]
+    results = [compress_weight(w, step, None, codes) for step in steps]
+    assert torch.equal(*results)
+    for result in results:
+        result.square().sum().backward()
+    assert steps[0].grad is not None and steps[1].grad is not None
+    assert torch.equal(steps[0].grad, -steps[1].grad)
+
+
+def test_codes_without_a_step_do_not_quantize() -> None:
+    w, codes = random_tensor((4, 8)).requires_grad_(), weight_codes('lsq', 4)
+    compressed = compress_weight(w, None, None, codes)
+    compressed.sum().backward()
+    assert torch.equal(compressed, w)
+    assert w.grad is not None and torch.equal(w.grad, torch.ones(4, 8))
+
+
+# --- what a training step keeps alive ------------------------------------------------------------
+
+
+def kept_alive(compressed: Tensor, saved: list[Tensor]) -> int:
+    """Bytes that the graph of one operation holds."""
+    assert compressed.grad_fn is not None
+    loose = [value for value in vars(compressed.grad_fn).values() if isinstance(value, Tensor)]
+    assert not loose, 'tensors on ctx escape the saved-tensor hooks'
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved)
+
+
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('name', [None, *CODE_SETS])
+def test_backward_keeps_the_weight_the_step_and_the_mask_alone(
+    gradient: str, name: str | None
+) -> None:
+    w = random_tensor((32, 64, 3, 3)).requires_grad_()
+    mask = nm_mask(w, 2, 4)
+    codes = None if name is None else weight_codes(name, 4)
+    step = None if codes is None else torch.full((32, 1, 1, 1), 0.1, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compressed = compress_weight(w, step, mask, codes, gradient=gradient)
+    allowed = w.nbytes + mask.nbytes + (0 if step is None else step.nbytes)
+    assert kept_alive(compressed, saved) <= allowed
+
+
+def test_a_weight_that_changed_before_backward_is_noticed() -> None:
+    w = random_tensor((4, 8)).requires_grad_()
+    loss = compress_weight(w, torch.full((4, 1), 0.1), None, weight_codes('lsq', 4)).sum()
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
+# --- the compressed weight as a constant of the latent one ---------------------------------------
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('name', CODE_SETS)
+def test_the_exact_gradient_has_the_steps_part_alone(name: str, sparse: bool) -> None:
+    codes, upstream = weight_codes(name, 3), random_tensor((6, 8), seed=2)
+    w = random_tensor((6, 8)).requires_grad_()
+    mask = nm_mask(w, 2, 4) if sparse else None
+    step = steps_for((6, 8), 0, codes).requires_grad_()
+    compressed = compress_weight(w, step, mask, codes, grad_scale=0.3)
+    compressed.backward(upstream)
+    assert step.grad is not None
+    by_ste, step.grad, w.grad = step.grad, None, None
+    exact = constant_in_latent(compressed, w, step, mask, codes, grad_scale=0.3)
+    assert torch.equal(exact, compressed)
+    exact.backward(upstream)
+    assert torch.equal(step.grad, by_ste)
+    assert w.grad is None
+
+
+def test_without_quantization_the_exact_gradient_is_none() -> None:
+    w = random_tensor((6, 8)).requires_grad_()
+    mask = nm_mask(w, 2, 4)
+    exact = constant_in_latent(compress_weight(w, mask=mask), w, None, mask, None)
+    assert not exact.requires_grad
+    assert torch.equal(exact, w.detach() * mask)
