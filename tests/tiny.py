@@ -143,9 +143,9 @@ def build(config: Config) -> nn.Module:
     return model
 
 
-def first_batch(config: Config, size: int = 2) -> Any:
-    """A batch of the training set, collated, always the same images."""
-    loader = config.train_dataloader.copy()
+def first_batch(config: Config, size: int = 2, split: str = 'train') -> Any:
+    """A batch of a split, collated, always the same images."""
+    loader = config[f'{split}_dataloader'].copy()
     loader.update(batch_size=size, sampler=dict(type='DefaultSampler', shuffle=False))
     torch.manual_seed(0)
     return next(iter(Runner.build_dataloader(loader, seed=0)))

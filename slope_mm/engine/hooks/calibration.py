@@ -49,10 +49,11 @@ class SlopeCalibrationHook(Hook):
                 ' batch calibrates instead'
             )
             return
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.train()
         done = calibrate(model, self._batches(loader))
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         rest = uncalibrated_layers(model)
         runner.logger.info(
             f'SLOPE: calibrated the inputs of {done} layers on {self.batches} batches a rank'

@@ -1,0 +1,265 @@
+"""Calibration: every quantized input gets its range and sign, and nothing else is touched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor, nn
+
+import slope_mm
+from slope_mm import ConfigError, SlopeCalibrationHook, compressed_layers
+from slope_mm.engine.calibration import uncalibrated_layers
+
+MakeConfig = Callable[..., Config]
+OWN_HOOK = 'slope_mm.SlopeCalibrationHook'
+
+
+def random_states() -> tuple[Any, ...]:
+    """Python's, numpy's and torch's, as something to compare."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
+
+
+def signs(model: nn.Module) -> dict[str, bool | None]:
+    return {name: layer.activation_signed for name, layer in compressed_layers(model).items()}
+
+
+class Probe(Hook):
+    """Notes what is there when an iteration begins."""
+
+    def __init__(self) -> None:
+        self.signs: list[dict[str, bool | None]] = []
+        self.steps: list[dict[str, Tensor]] = []
+        self.random_states: list[tuple[Any, ...]] = []
+        self.images: list[list[tuple[int, bool]]] = []
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self.signs.append(signs(runner.model))
+        self.steps.append(tiny.steps_of(runner.model))
+        self.random_states.append(random_states())
+        samples = data_batch['data_samples']
+        self.images.append([(s.img_id, bool(s.get('flip', False))) for s in samples])
+
+
+def without(config: Config, *types: str) -> Config:
+    config.custom_hooks = [hook for hook in config.custom_hooks if hook.type not in types]
+    return config
+
+
+@pytest.fixture(scope='module')
+def probed(
+    tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path_factory: pytest.TempPathFactory
+) -> Probe:
+    """What a run with the hook looked like; its epochs are not seeded anew."""
+    config = tiny_config(tmp_path_factory.mktemp('probed'), load_from=str(dense_run.checkpoint))
+    probe = Probe()
+    tiny.train(without(config, 'slope_mm.EpochSeedHook'), probe)
+    return probe
+
+
+@pytest.fixture
+def config(tiny_config: MakeConfig, tmp_path: Path) -> Config:
+    return tiny_config(tmp_path)
+
+
+@pytest.fixture
+def detector(config: Config, dense_run: tiny.Run) -> nn.Module:
+    """A SlopeModel with the dense run's weights, in training mode, not calibrated."""
+    model = tiny.build(config)
+    model.load_state_dict(dense_run.model.state_dict())
+    return model.train()
+
+
+# --- what is found -------------------------------------------------------------------------------
+
+
+def test_all_signs_are_known_and_right_before_the_first_iteration(probed: Probe) -> None:
+    found = probed.signs[0]
+    # The image, what the FPN adds up, and what RoIAlign cuts out of that, take both signs.
+    signed = {'backbone.conv1', 'rpn_head.rpn_conv', 'roi_head.bbox_head.shared_fcs.0'}
+    signed |= {f'neck.fpn_convs.{level}.conv' for level in range(4)}
+    signed |= {'roi_head.mask_head.convs.0.conv'}
+    assert {name for name, sign in found.items() if sign} == signed
+    # Everything else reads the output of a ReLU.
+    assert {name for name, sign in found.items() if sign is False} == found.keys() - signed
+
+
+@pytest.mark.parametrize(
+    'name', ['backbone.conv1', 'backbone.layer2.0.conv1', 'roi_head.bbox_head.shared_fcs.0']
+)
+def test_the_step_is_about_the_best_one(detector: nn.Module, config: Config, name: str) -> None:
+    layer, inputs = detector.get_submodule(name), []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().numpy()))
+    assert slope_mm.calibrate(detector, [tiny.first_batch(config, 4)]) == 38
+    x = np.concatenate([value.ravel() for value in inputs])
+    bits = layer.slope_spec.activation_bits
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if x.min() < 0 else (0, 2**bits - 1)
+
+    def error(step: float) -> float:
+        return float(np.square(np.clip(np.round(x / step), low, high) * step - x).mean())
+
+    best = min(error(np.abs(x).max() * share / high) for share in np.linspace(0.05, 1.2, 200))
+    assert error(float(layer.slope_act_step)) < 1.15 * best
+
+
+def test_calibrated_layers_stay_as_they_are(detector: nn.Module, config: Config) -> None:
+    batch = tiny.first_batch(config)
+    slope_mm.calibrate(detector, [batch])
+    before = tiny.state_of(detector)
+    brighter = {**batch, 'inputs': [image // 2 for image in batch['inputs']]}
+    assert slope_mm.calibrate(detector, [brighter]) == 0
+    assert not tiny.differing(before, tiny.state_of(detector))
+
+
+def test_never_again_on_resume(
+    tiny_config: MakeConfig, slope_run: tiny.Run, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, epochs=2, load_from=str(slope_run.checkpoint), resume=True)
+    config.train_cfg.val_interval = 100
+    probe = Probe()
+    tiny.train(config, probe)
+    assert len(probe.steps) == 2, 'the second epoch alone'
+    assert not tiny.differing(probe.steps[0], tiny.steps_of(slope_run.model))
+    assert 'calibrated the inputs' in tiny.read_log(slope_run.config.work_dir)
+    assert 'calibrated the inputs' not in tiny.read_log(tmp_path)
+
+
+# --- what is not touched -------------------------------------------------------------------------
+
+
+def test_training_order_and_random_states_do_not_change(
+    tiny_config: MakeConfig, dense_run: tiny.Run, probed: Probe, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, load_from=str(dense_run.checkpoint))
+    plain = Probe()
+    tiny.train(without(config, 'slope_mm.EpochSeedHook', OWN_HOOK), plain)
+    assert plain.signs[0] != probed.signs[0], 'only one of them was calibrated by the hook'
+    assert plain.images == probed.images
+    assert plain.random_states[0] == probed.random_states[0]
+
+
+def batch_norms(model: nn.Module) -> dict[str, Tensor]:
+    state = tiny.state_of(model)
+    return {k: v for k, v in state.items() if 'running_' in k or 'num_batches' in k}
+
+
+def test_weights_batch_norm_and_random_states_are_left_as_found(
+    detector: nn.Module, config: Config
+) -> None:
+    batch = tiny.first_batch(config)
+    before, states = tiny.state_of(detector), random_states()
+    slope_mm.calibrate(detector, [batch, batch])
+    changed = tiny.differing(before, tiny.state_of(detector))
+    assert {key.rsplit('.', 1)[1] for key in changed} == {'slope_act_step', 'slope_act_signed'}
+    assert random_states() == states
+    # A forward pass that is not a calibration moves both, so there was something to restore.
+    with torch.no_grad():
+        detector._run_forward(detector.data_preprocessor(batch, True), mode='loss')
+    assert tiny.differing(before, tiny.state_of(detector)) != changed
+    assert random_states() != states
+
+
+class Modes(Hook):
+    """Mixes the modes before the calibration, and looks at them afterwards."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Any) -> None:
+        runner.model.neck.eval()
+        runner.model.backbone.layer1.eval()
+        self.before = [module.training for module in runner.model.modules()]
+
+
+class ModesAfter(Hook):
+    def before_train(self, runner: Any) -> None:
+        self.after = [module.training for module in runner.model.modules()]
+
+
+def test_modes_are_restored(
+    tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, load_from=str(dense_run.checkpoint))
+    runner = tiny.Runner.from_cfg(config)
+    before, after = Modes(), ModesAfter()
+    runner.register_hook(before)
+    runner.register_hook(after, priority='LOWEST')
+    runner.train()
+    assert before.before == after.after
+    assert len(set(after.after)) == 2
+
+
+# --- without the hook ----------------------------------------------------------------------------
+
+
+def still(model: nn.Module) -> Any:
+    """An optim wrapper that changes nothing."""
+    return build_optim_wrapper(
+        model,
+        dict(
+            constructor='slope_mm.SlopeOptimWrapperConstructor',
+            optimizer=dict(type='SGD', lr=0.0),
+            regularizer=dict(type='cosine'),
+        ),
+    )
+
+
+def test_the_first_batch_calibrates_without_the_hook(
+    detector: nn.Module, config: Config, dense_run: tiny.Run
+) -> None:
+    batch = tiny.first_batch(config)
+    twin = tiny.build(config)
+    twin.load_state_dict(dense_run.model.state_dict())
+    torch.manual_seed(3)
+    slope_mm.calibrate(twin.train(), [batch])
+
+    entered: list[Any] = []
+    detector.register_forward_pre_hook(lambda *_: entered.append(random_states()))
+    counted = detector.backbone.bn1.num_batches_tracked.item()
+    torch.manual_seed(3)
+    at_first = random_states()
+    detector.train_step(batch, still(detector))
+
+    assert signs(detector) == signs(twin)
+    assert not tiny.differing(tiny.steps_of(detector), tiny.steps_of(twin))
+    # The training step itself saw untouched random states, and BN counted one batch.
+    assert entered == [at_first]
+    assert detector.backbone.bn1.num_batches_tracked.item() == counted + 1
+
+
+def test_a_layer_without_input_waits_for_one(detector: nn.Module, config: Config) -> None:
+    """No object, no positive RoI: the mask head sees nothing in the first batch."""
+    batch = tiny.first_batch(config)
+    empty = {**batch, 'data_samples': [sample.clone() for sample in batch['data_samples']]}
+    for sample in empty['data_samples']:
+        sample.gt_instances = sample.gt_instances[:0]
+    wrapper = still(detector)
+    detector.train_step(empty, wrapper)
+    waiting = [name for name, sign in signs(detector).items() if sign is None]
+    assert waiting == list(uncalibrated_layers(detector))
+    assert waiting
+    assert all(name.startswith('roi_head.mask_head.') for name in waiting)
+    detector.train_step(batch, wrapper)
+    assert not uncalibrated_layers(detector)
+
+
+def test_evaluation_does_not_calibrate(detector: nn.Module, config: Config) -> None:
+    before = tiny.state_of(detector)
+    detector.eval().val_step(tiny.first_batch(config, split='val'))
+    assert len(uncalibrated_layers(detector)) == 38
+    assert not tiny.differing(before, tiny.state_of(detector))
+
+
+@pytest.mark.parametrize('batches', [0, -1, 1.5, '4'])
+def test_bad_number_of_batches(batches: Any) -> None:
+    with pytest.raises(ConfigError, match='is not a number of batches >= 1'):
+        SlopeCalibrationHook(batches=batches)

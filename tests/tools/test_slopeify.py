@@ -1,0 +1,127 @@
+"""tools/slopeify.py and tools/report.py: the child config, the plan, the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from mmengine.config import Config
+
+import slope_mm
+from slope_mm.engine.launch import build_model
+
+ROOT = Path(__file__).parents[2]
+STOCK = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def run_tool(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, 'argv', [f'tools/{name}.py', *arguments])
+        module = tool(name)
+        module.launch.run_tool(module.main)
+
+    return run_tool
+
+
+def test_the_child_config_is_the_stock_model_compressed(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / 'new' / 'my_config.py'
+    run('slopeify', STOCK, '--recipe', '2x8_w4', '-o', str(out))
+    printed = capsys.readouterr().out
+    assert 'rpn_head.rpn_cls' in printed and 'prediction layer' in printed
+    assert 'backbone.conv1' in printed and 'stem' in printed
+    config = Config.fromfile(str(out))
+    assert len(out.read_text().splitlines()) < 25
+    assert config.model.arch == 'MaskRCNN'
+    assert config.model.backbone.frozen_stages == -1
+    model = build_model(config)
+    layers = slope_mm.compressed_layers(model)
+    patterns = {str(layer.slope_spec) for layer in layers.values()}
+    assert patterns == {'2:8 W4 A32', 'dense W8 A32'}
+    assert len(layers) == 74
+
+
+def test_hooks_and_constructors_of_the_stock_config_are_kept(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    stock = tmp_path / 'stock.py'
+    stock.write_text(
+        f'_base_ = [{STOCK!r}]\n'
+        "custom_hooks = [dict(type='EMAHook', momentum=0.001)]\n"
+        "optim_wrapper = dict(constructor='LearningRateDecayOptimizerConstructor',\n"
+        '                     paramwise_cfg=dict(num_layers=6, decay_rate=0.9))\n'
+    )
+    out = tmp_path / 'child.py'
+    run('slopeify', str(stock), '-o', str(out))
+    config = Config.fromfile(str(out))
+    assert config.custom_hooks[0] == {'type': 'EMAHook', 'momentum': 0.001}
+    assert config.custom_hooks[-1]['type'] == 'slope_mm.SlopeMonitorHook'
+    assert config.optim_wrapper.base_constructor == 'LearningRateDecayOptimizerConstructor'
+    assert config.optim_wrapper.paramwise_cfg.num_layers == 6
+    assert "_base_ = ['stock.py']" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['nowhere.py'], ["there is no config 'nowhere.py'"]),
+        ([STOCK, '--recipe', 'w5a5'], ["no recipe 'w5a5'", 'w4a4']),
+        (['configs/mask_rcnn_r18_shapes_slope_w4.py', '-o', 'OUT'], ['has a SlopeModel already']),
+        ([STOCK, '-o', __file__], ['is there already', '--force']),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    before = Path(__file__).read_text()
+    arguments = [str(tmp_path / 'out.py') if part == 'OUT' else part for part in arguments]
+    with pytest.raises(SystemExit) as stop:
+        run('slopeify', *arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('error: ')
+    for word in words:
+        assert word in error
+    assert Path(__file__).read_text() == before
+    assert not (tmp_path / 'out.py').exists()
+
+
+def test_the_plan_needs_no_checkpoint_and_claims_no_cosine(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = ROOT / 'configs' / 'mask_rcnn_r18_shapes_slope_w2.py'
+    run('report', str(config), '--csv', str(tmp_path / 'plan.csv'))
+    printed = capsys.readouterr().out
+    assert 'Plan of' in printed and 'Cosine' not in printed
+    header, first = (tmp_path / 'plan.csv').read_text().splitlines()[:2]
+    assert header.startswith('name,kind,shape,pattern,bits')
+    assert first.startswith('backbone.conv1,Conv2d,16x3x7x7,dense,8')
+
+
+def test_a_stock_config_has_no_plan(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run('report', str(ROOT / 'configs' / 'mask_rcnn_r18_shapes_scratch.py'))
+    assert stop.value.code == 2
+    assert 'slopeify' in capsys.readouterr().err
