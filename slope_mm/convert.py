@@ -131,7 +131,8 @@ def _refuse_hopeless_pattern(recipe: Recipe, plans: list[LayerPlan]) -> None:
     if not specs:
         raise RecipeError(
             'the recipe compresses no layer of this model:'
-            f' {"; ".join(sorted({p.reason for p in plans})) or "it has no weights"}'
+            f' {"; ".join(sorted({p.reason for p in plans})[:5]) or "it has no weights"}; choose'
+            ' another pattern, or change the rules'
         )
     if wanted is not None and not any(spec.pattern for spec in specs):
         raise RecipeError(

@@ -36,6 +36,7 @@ def tiny_config(
     work_dir: Path | str,
     name: str = SLOPE,
     epochs: int = 1,
+    validate: bool = True,
     **options: Any,
 ) -> Config:
     """Shrinks ``configs/NAME.py``: two iterations an epoch, four images of 64 px each.
@@ -44,7 +45,8 @@ def tiny_config(
         shapes: The data set.
         work_dir: The run's work directory.
         name: Config name without ending.
-        epochs: Length of training; the validation comes at its end.
+        epochs: Length of training.
+        validate: Whether a validation comes at its end.
         **options: What else is different, by key; ``__`` stands for the dots of nested keys.
     """
     config = Config.fromfile(ROOT / 'configs' / f'{name}.py')
@@ -54,6 +56,8 @@ def tiny_config(
     config.train_dataloader.batch_size = 4
     _use_data(config, shapes)
     _shrink_model(config.model)
+    if not validate:
+        config.val_dataloader = config.val_cfg = config.val_evaluator = None
     config.param_scheduler = [
         dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4)
     ]
@@ -259,10 +263,11 @@ class ToyNet(BaseModel):
 
 @DATASETS.register_module(force=True)
 class ToyImages(torch.utils.data.Dataset):
-    """Eight noise images and targets."""
+    """Noise images and targets."""
 
     def __len__(self) -> int:
-        return 8
+        # No run comes to the end: mmengine rests for two seconds there.
+        return 64
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         noise = torch.Generator().manual_seed(index)

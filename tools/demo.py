@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -87,21 +88,26 @@ class Steps:
         """Runs a command unless it is done; returns the hash that later steps depend on."""
         text = Config.fromfile(str(arm.config)).pretty_text
         key = hashlib.sha256('\n'.join([text, *command, after]).encode()).hexdigest()[:16]
-        if self.done.get(name, {}).get('key') == key:
-            print(f'{name}: done before ({self.done[name]["seconds"]:.0f} s)', flush=True)
+        before = self.done.get(name, {})
+        if before.get('key') == key and before.get('finished'):
+            print(f'{name}: done before ({before["seconds"]:.0f} s)', flush=True)
             return key
-        if self.done.get(name) is not None and name.startswith('train'):
+        if before and before['key'] != key and name.startswith('train'):
             # Checkpoints of another config must not be resumed.
             for stale in arm.folder.glob('*.pth'):
                 stale.unlink()
             (arm.folder / 'last_checkpoint').unlink(missing_ok=True)
-        self.done[name] = {'key': '', 'seconds': self.done.get(name, {}).get('seconds', 0.0)}
+        spent = before['seconds'] if before.get('key') == key else 0.0
+        self.done[name] = {'key': key, 'finished': False, 'seconds': spent}
         self._save()
         print(f'{name}: {" ".join(["python", *command])}', flush=True)
         started = time.monotonic()
-        run_logged(command, arm.folder / f'{name.replace(" ", "_")}.log')
-        self.done[name] = {'key': key, 'seconds': time.monotonic() - started}
-        self._save()
+        try:
+            run_logged(command, arm.folder / f'{name.replace(" ", "_")}.log')
+            self.done[name]['finished'] = True
+        finally:
+            self.done[name]['seconds'] += time.monotonic() - started
+            self._save()
         return key
 
     def _save(self) -> None:
@@ -196,6 +202,8 @@ def verdict(results: list[ArmResult]) -> list[str]:
 
 def main() -> None:
     args = parse_args()
+    # Configs and tools are named relative to the clone.
+    os.chdir(ROOT)
     launch.check_work_dir(str(args.work_dir))
     started = time.monotonic()
     paths = ensure_shapes(DATA)
@@ -230,4 +238,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    launch.run_tool(main)
+    try:
+        launch.run_tool(main)
+    except KeyboardInterrupt:
+        sys.exit('\ninterrupted; run it again and it goes on from here')

@@ -102,6 +102,8 @@ class CompressedLayer(nn.Module):
         # part of SR-STE's gradient that is not a loss has to follow it.
         self.loss_factor = 1.0
         weight, trains = self.weight, self.weight.requires_grad
+        self.register_parameter('slope_step', None)
+        self.register_parameter('slope_act_step', None)
         if self._codes is not None:
             axis = self.output_axis if spec.step == 'channel' else None
             step = torch.ones(step_shape(tuple(weight.shape), axis), device=weight.device)

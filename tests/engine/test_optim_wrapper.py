@@ -552,7 +552,7 @@ def test_a_lost_regularizer_is_an_error_before_the_first_iteration(
 def test_the_type_that_stock_amp_rewrites_does_not_matter(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_config(tmp_path, validate=False)
     config.optim_wrapper.type = 'OptimWrapper'
     assert type(tiny.train(config).runner.optim_wrapper) is SlopeOptimWrapper
 

@@ -49,12 +49,15 @@ class SlopeMonitorHook(Hook):
         self._masks: dict[str, Tensor] = {}
         self._flips: dict[str, float] = {}
         self._audited = False
-        self._evaluations = 0
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Audits once, then looks every ``interval`` iterations."""
+        wrapper = runner.optim_wrapper
+        if isinstance(wrapper, RegularizedOptimWrapper) and wrapper.last_regularization is not None:
+            # In every iteration: mmengine averages what is called a loss over its last values.
+            runner.message_hub.update_scalar('train/slope_loss', wrapper.last_regularization)
         if not self._audited:
             self._audited = True
             for warning in audit(_plain(runner.model)):
@@ -69,7 +72,6 @@ class SlopeMonitorHook(Hook):
         if not layers or not is_main_process():
             return
         rows = [layer_metrics(name, layer) for name, layer in layers.items()]
-        self._evaluations += 1
         self._append_csv(Path(runner.work_dir) / 'slope_layers.csv', runner, rows)
         if self.picture:
             from slope_mm.analysis.figures import draw_layers
@@ -93,9 +95,6 @@ class SlopeMonitorHook(Hook):
         figures = summary(rows)
         if self._flips:
             figures['flip_rate'] = sum(self._flips.values()) / len(self._flips)
-        wrapper = runner.optim_wrapper
-        if isinstance(wrapper, RegularizedOptimWrapper) and wrapper.last_regularization is not None:
-            figures['loss'] = float(wrapper.last_regularization)
         for key, value in figures.items():
             runner.message_hub.update_scalar(f'train/slope_{key}', value)
 

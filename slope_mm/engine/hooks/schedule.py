@@ -18,6 +18,7 @@ from slope_mm.engine.schedules import (
     warmup_factor,
 )
 from slope_mm.errors import ConfigError
+from slope_mm.layers import CompressedLayer
 from slope_mm.ops import NMPattern, Pattern, UnstructuredPattern
 
 
@@ -73,6 +74,12 @@ class SlopeScheduleHook(Hook):
                 f'SlopeScheduleHook freezes masks at iteration {self._freeze}, before the ramp ends'
                 f' at {self._ramp}; freeze later'
             )
+        if self.mask_interval == 1 and not self._frozen(runner.iter):
+            # The checkpoint that training starts from may have brought held masks.
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            for layers in (compressed_layers(model), *averaged_layers(runner)):
+                for layer in layers.values():
+                    layer.release_mask()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Sets lambda's factor and the masks of this iteration."""
@@ -83,10 +90,15 @@ class SlopeScheduleHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if self._ramp:
             self._set_patterns(model, iteration)
-        frozen = self._freeze is not None and iteration >= self._freeze
+        frozen = self._frozen(iteration)
         if frozen or self.mask_interval > 1:
-            refresh = not frozen and iteration % self.mask_interval == 0
-            self._hold(runner, model, refresh)
+            # A mask that is held over the ramp's end would miss the target pattern.
+            refresh = iteration == self._ramp > 0
+            refresh |= not frozen and iteration % self.mask_interval == 0
+            self._hold(model, averaged_layers(runner), refresh)
+
+    def _frozen(self, iteration: int) -> bool:
+        return self._freeze is not None and iteration >= self._freeze
 
     def _set_patterns(self, model: nn.Module, iteration: int) -> None:
         for layer in compressed_layers(model).values():
@@ -95,12 +107,7 @@ class SlopeScheduleHook(Hook):
                 layer.set_pattern(ramped_pattern(target, iteration, self._ramp))
 
     @staticmethod
-    def _hold(runner: Any, model: nn.Module, refresh: bool) -> None:
-        averaged = [
-            compressed_layers(hook.ema_model.module)
-            for hook in runner.hooks
-            if hasattr(hook, 'ema_model')
-        ]
+    def _hold(model: nn.Module, averaged: list[dict[str, CompressedLayer]], refresh: bool) -> None:
         for name, layer in compressed_layers(model).items():
             if layer.slope_spec.pattern is None or (layer.slope_mask is not None and not refresh):
                 continue
@@ -108,6 +115,15 @@ class SlopeScheduleHook(Hook):
             mask = layer.mask
             for layers in averaged:
                 layers[name].slope_mask = None if mask is None else mask.clone()
+
+
+def averaged_layers(runner: Any) -> list[dict[str, CompressedLayer]]:
+    """The compressed layers of the averaged models that hooks keep (EMAHook and its kin)."""
+    return [
+        compressed_layers(hook.ema_model.module)
+        for hook in runner.hooks
+        if hasattr(hook, 'ema_model')
+    ]
 
 
 def ramped_pattern(target: Pattern, iteration: int, length: int) -> Pattern | None:
