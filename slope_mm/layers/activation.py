@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
 
 # Values kept per observed call and per layer: enough to place a clip range, small enough to hold
@@ -79,3 +80,85 @@ def calibrated_step(samples: Tensor, signed: bool, bits: int) -> Tensor:
         fp32 step of shape [1].
     """
     return mse_init_step(samples, activation_codes(bits, signed), axis=None).reshape(1)
+
+
+class QuantizedInput(nn.Module):
+    """The part of a compressed layer that quantizes its input.
+
+    State (:class:`~slope_mm.layers.CompressedLayer` sets it up): ``slope_act_step``,
+    ``slope_act_signed``, and ``_act_state``, its mirror, so that a forward never asks a GPU.
+    """
+
+    slope_spec: LayerSpec
+    slope_act_step: nn.Parameter | None
+    slope_act_signed: Tensor
+    runs: int
+    _act_state: int
+    _observer: ActivationObserver | None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the input's range and sign are known, or not needed."""
+        return self.slope_spec.activation_bits is None or self._input_state() != UNCALIBRATED
+
+    def _input_state(self) -> int:
+        """UNCALIBRATED, UNSIGNED or SIGNED, as the buffer says; a GPU is not asked twice."""
+        if self._act_state == UNCALIBRATED and self.slope_spec.activation_bits is not None:
+            # Whoever averages models or broadcasts buffers writes to the buffer alone.
+            self._act_state = int(self.slope_act_signed)
+        return self._act_state
+
+    @property
+    def activation_signed(self) -> bool | None:
+        """Whether negative codes are used for the input; None without quantized input."""
+        if self.slope_spec.activation_bits is None or self._input_state() == UNCALIBRATED:
+            return None
+        return self._act_state == SIGNED
+
+    def begin_observing(self) -> None:
+        """Passes inputs through unquantized and collects what they look like."""
+        self._observer = ActivationObserver()
+
+    def end_observing(self) -> ActivationObserver | None:
+        """Stops observing and returns what was seen."""
+        observer, self._observer = self._observer, None
+        return observer
+
+    @torch.no_grad()
+    def set_activation_range(self, samples: Tensor, signed: bool) -> None:
+        """Fixes sign and first step of the input quantizer.
+
+        Args:
+            samples: Sampled input values, flat.
+            signed: Whether negative values occur.
+        """
+        bits = self.slope_spec.activation_bits
+        if bits is None or self.slope_act_step is None:
+            return
+        self.slope_act_step.copy_(calibrated_step(samples, signed, bits))
+        self._act_state = SIGNED if signed else UNSIGNED
+        self.slope_act_signed.fill_(self._act_state)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input as the layer sees it.
+
+        An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
+        evaluation it passes the input through.
+        """
+        # Activation checkpointing runs a training forward without gradients first.
+        if self.training or torch.is_grad_enabled():
+            self.runs += 1
+        bits = self.slope_spec.activation_bits
+        if bits is None or self.slope_act_step is None:
+            return x
+        if self._observer is not None:
+            self._observer.observe(x)
+            return x
+        if self._input_state() == UNCALIBRATED:
+            if not self.training or x.numel() == 0:
+                return x
+            observer = ActivationObserver()
+            observer.observe(x)
+            self.set_activation_range(torch.cat(observer.samples), bool(observer.low < 0))  # type: ignore[operator]
+        codes = activation_codes(bits, self._act_state == SIGNED)
+        return quantize_activation(x, self.slope_act_step, codes)

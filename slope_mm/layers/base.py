@@ -16,17 +16,13 @@ from torch import Tensor, nn
 
 from slope_mm.errors import CheckpointError, TensorError
 from slope_mm.layers.activation import (
-    SIGNED,
     UNCALIBRATED,
-    UNSIGNED,
     ActivationObserver,
-    calibrated_step,
-    quantize_activation,
+    QuantizedInput,
 )
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import (
     SR_STE_DECAY,
-    activation_codes,
     compress_weight,
     constant_in_latent,
     grad_scale,
@@ -55,7 +51,7 @@ _OWN_ATTRIBUTES = (
 _TRANSIENT = {'_shared_weight': None, '_shared_mask': None, '_sharing': False, '_observer': None}
 
 
-class CompressedLayer(nn.Module):
+class CompressedLayer(QuantizedInput):
     """Mixin of a layer whose ``weight`` is masked and quantized before it is used.
 
     Class attributes:
@@ -286,75 +282,6 @@ class CompressedLayer(nn.Module):
         """Uses another pattern than the recipe's for a while (a ramp towards it)."""
         self._pattern_now = pattern
         self._shared_weight = self._shared_mask = None
-
-    # --- activations -------------------------------------------------------------------------
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the input's range and sign are known, or not needed."""
-        return self.slope_spec.activation_bits is None or self._input_state() != UNCALIBRATED
-
-    def _input_state(self) -> int:
-        """UNCALIBRATED, UNSIGNED or SIGNED, as the buffer says; a GPU is not asked twice."""
-        if self._act_state == UNCALIBRATED and self.slope_spec.activation_bits is not None:
-            # Whoever averages models or broadcasts buffers writes to the buffer alone.
-            self._act_state = int(self.slope_act_signed)
-        return self._act_state
-
-    @property
-    def activation_signed(self) -> bool | None:
-        """Whether negative codes are used for the input; None without quantized input."""
-        if self.slope_spec.activation_bits is None or self._input_state() == UNCALIBRATED:
-            return None
-        return self._act_state == SIGNED
-
-    def begin_observing(self) -> None:
-        """Passes inputs through unquantized and collects what they look like."""
-        self._observer = ActivationObserver()
-
-    def end_observing(self) -> ActivationObserver | None:
-        """Stops observing and returns what was seen."""
-        observer, self._observer = self._observer, None
-        return observer
-
-    @torch.no_grad()
-    def set_activation_range(self, samples: Tensor, signed: bool) -> None:
-        """Fixes sign and first step of the input quantizer.
-
-        Args:
-            samples: Sampled input values, flat.
-            signed: Whether negative values occur.
-        """
-        bits = self.slope_spec.activation_bits
-        if bits is None or self.slope_act_step is None:
-            return
-        self.slope_act_step.copy_(calibrated_step(samples, signed, bits))
-        self._act_state = SIGNED if signed else UNSIGNED
-        self.slope_act_signed.fill_(self._act_state)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The input as the layer sees it.
-
-        An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
-        evaluation it passes the input through.
-        """
-        # Activation checkpointing runs a training forward without gradients first.
-        if self.training or torch.is_grad_enabled():
-            self.runs += 1
-        bits = self.slope_spec.activation_bits
-        if bits is None or self.slope_act_step is None:
-            return x
-        if self._observer is not None:
-            self._observer.observe(x)
-            return x
-        if self._input_state() == UNCALIBRATED:
-            if not self.training or x.numel() == 0:
-                return x
-            observer = ActivationObserver()
-            observer.observe(x)
-            self.set_activation_range(torch.cat(observer.samples), bool(observer.low < 0))  # type: ignore[operator]
-        codes = activation_codes(bits, self._act_state == SIGNED)
-        return quantize_activation(x, self.slope_act_step, codes)
 
     # --- state -------------------------------------------------------------------------------
 

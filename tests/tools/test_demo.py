@@ -1,4 +1,4 @@
-"""The demo's bookkeeping: steps run once, go on after an interruption, and start over on changes."""
+"""The demo's bookkeeping: steps run once, go on when interrupted, start over on changes."""
 
 from __future__ import annotations
 
