@@ -95,7 +95,7 @@ def test_a_plan_says_what_each_layer_gets_and_why_not_more() -> None:
 def test_convert_does_what_the_plan_says() -> None:
     model = Net()
     plans = slope_mm.plan(model, W4A4)
-    weights = {name: parameter for name, parameter in model.named_parameters()}
+    weights = dict(model.named_parameters())
     assert slope_mm.convert(model, W4A4) is model
     layers = slope_mm.compressed_layers(model)
     assert list(layers) == [p.name for p in plans if p.spec]

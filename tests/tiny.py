@@ -263,7 +263,7 @@ class ToyNet(BaseModel):
 
 @DATASETS.register_module(force=True)
 class ToyImages(torch.utils.data.Dataset):
-    """Noise images and targets."""
+    """Noise images and targets; odd images and those of the second half are four times as strong."""
 
     def __len__(self) -> int:
         # No run comes to the end: mmengine rests for two seconds there.
@@ -271,8 +271,9 @@ class ToyImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         noise = torch.Generator().manual_seed(index)
+        strength = 4 if index % 2 or index >= len(self) // 2 else 1
         return {
-            'image': torch.randn(4, 6, 6, generator=noise),
+            'image': torch.randn(4, 6, 6, generator=noise) * strength,
             'target': torch.randn(8, generator=noise),
         }
 

@@ -104,7 +104,7 @@ def draw_detections(
     found: Mapping[str, Sequence[Detections]],
     classes: Sequence[str],
     path: Path,
-    score: float = 0.5,
+    score: float = 0.6,
 ) -> None:
     """Draws what several arms find in the same images, one row an arm.
 

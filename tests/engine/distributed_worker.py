@@ -1,0 +1,51 @@
+"""One of several processes of tests/engine/test_distributed.py: trains configs, saves what it saw.
+
+Usage: python -m torch.distributed.run ... distributed_worker.py OUT CONFIG...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+
+class Snapshot(Hook):
+    """Copies the state with which the first iteration begins."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, torch.Tensor] = {}
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter == 0:
+            self.first = tiny.state_of(runner.model.module)
+
+
+def main(out: str, *configs: str) -> None:
+    torch.set_num_threads(1)
+    # mmengine's own way sets a CUDA device, which there may be none of.
+    torch.distributed.init_process_group('gloo')
+    for path in configs:
+        runner = Runner.from_cfg(Config.fromfile(path))
+        snapshot = Snapshot()
+        runner.register_hook(snapshot, priority='LOWEST')
+        runner.train()
+        seen = {
+            'wrapper': type(runner.model).__name__,
+            'first': snapshot.first,
+            'last': tiny.state_of(runner.model.module),
+        }
+        torch.save(seen, Path(out) / f'{Path(path).stem}_rank{get_rank()}.pt')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

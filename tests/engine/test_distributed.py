@@ -1,0 +1,138 @@
+"""Two processes (gloo) compute what one computes, and stay equal to each other bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+import slope_mm
+
+MakeConfig = Callable[..., Config]
+WORKER = Path(__file__).with_name('distributed_worker.py')
+Seen = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy checkpoint with calibrated inputs: calibration samples depend on the batches."""
+    return tiny.train(tiny.toy_config(tmp_path_factory.mktemp('toy'))).checkpoint
+
+
+@pytest.fixture(scope='module')
+def ranks(
+    tiny_config: MakeConfig,
+    dense_run: tiny.Run,
+    start: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Seen:
+    """What both processes saw, by config; all configs are trained by one pair of processes."""
+    root = tmp_path_factory.mktemp('ranks')
+    detector = tiny_config(root / 'd', validate=False, load_from=str(dense_run.checkpoint))
+    detector.train_dataloader.batch_size = 2
+    configs = {
+        'toy': tiny.toy_config(root / 't', batch_size=2, load_from=str(start)),
+        'first_batch': tiny.toy_config(root / 'f', batch_size=2),
+        'hook': tiny.toy_config(root / 'h', batch_size=2),
+        'unreached': tiny.toy_config(root / 'u', batch_size=2, model__spare=True),
+        'detector': detector,
+    }
+    configs['hook'].custom_hooks = [dict(type='slope_mm.SlopeCalibrationHook', batches=1)]
+    files = []
+    for name, config in configs.items():
+        config.launcher = 'pytorch'
+        # mmengine's default but for the CUDA device that it assumes.
+        config.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=name == 'unreached',
+        )
+        files.append(tiny.dump(config, root / f'{name}.py'))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = subprocess.run([*launch, WORKER, root, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return {
+        name: [torch.load(root / f'{name}_rank{rank}.pt') for rank in range(2)] for name in configs
+    }
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(
+    ranks: Seen, start: Path, tmp_path: Path
+) -> None:
+    one = tiny.train(tiny.toy_config(tmp_path, batch_size=4, load_from=str(start)))
+    wanted, before = tiny.state_of(one.model), ranks['toy'][0]['first']
+    for rank in ranks['toy']:
+        assert rank['wrapper'] == 'MMDistributedDataParallel'
+        assert rank['last'].keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert torch.allclose(rank['last'][key], value, rtol=1e-5, atol=1e-6), key
+    moved = max(float((wanted[k] - before[k]).abs().max()) for k in wanted if 'weight' in k)
+    assert moved > 1e-2, 'the comparison would hold without training'
+
+
+@pytest.mark.parametrize('name', ['toy', 'first_batch', 'hook', 'unreached', 'detector'])
+def test_ranks_stay_equal_while_they_train(ranks: Seen, name: str) -> None:
+    first, second = ranks[name]
+    moved = tiny.differing(first['first'], first['last'])
+    assert [key for key in moved if key.endswith('slope_step')]
+    # BN statistics are each rank's own: mmengine broadcasts no buffers.
+    own = [k for k in first['last'] if 'running_' in k]
+    assert set(tiny.differing(first['last'], second['last'])) <= set(own)
+
+
+def test_the_hook_leaves_ranks_of_a_detector_with_equal_ranges(ranks: Seen) -> None:
+    first, second = (rank['first'] for rank in ranks['detector'])
+    assert not tiny.differing(first, second)
+    signs = [value for key, value in first.items() if key.endswith('slope_act_signed')]
+    assert len(signs) == 38
+    assert all(int(sign) >= 0 for sign in signs), 'calibrated before the first iteration'
+
+
+def first_step(*indices: int) -> float:
+    """The step of the toy's first input, calibrated on these images in one process."""
+    init_default_scope('mmengine')
+    model = MODELS.build(
+        dict(type='slope_mm.SlopeModel', arch='ToyNet', recipe=tiny.TOY_RECIPE)
+    )
+    images = [tiny.ToyImages()[index] for index in indices]
+    slope_mm.calibrate(model.train(), [{key: [i[key] for i in images] for key in images[0]}])
+    return float(model.first.slope_act_step)
+
+
+@pytest.mark.parametrize(
+    ('name', 'when', 'own', 'other'),
+    # The hook's images are spread over the set; without it, ranks have their own first batch.
+    [('hook', 'first', (0, 16), (32, 48)), ('first_batch', 'last', (0, 2), (1, 3))],
+)
+def test_ranges_come_from_the_images_of_all_ranks(
+    ranks: Seen, name: str, when: str, own: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    pooled = first_step(*own, *other)
+    assert first_step(*own) < 0.7 * pooled, 'the ranks saw the same'
+    for rank in ranks[name]:
+        # Two small updates may lie between the calibration and the look.
+        assert float(rank[when]['first.slope_act_step']) == pytest.approx(pooled, rel=0.05)
+        assert int(rank[when]['first.slope_act_signed']) == 1
+        assert int(rank[when]['twice.slope_act_signed']) == 0
+
+
+def test_without_the_hook_nothing_is_calibrated_beforehand(ranks: Seen) -> None:
+    for rank in ranks['first_batch']:
+        assert int(rank['first']['first.slope_act_signed']) == -1
+
+
+def test_an_unreached_layer_stays_as_it_was(ranks: Seen) -> None:
+    """``find_unused_parameters``: DDP refuses a gradient from the regularizer alone."""
+    for rank in ranks['unreached']:
+        spare = [key for key in rank['last'] if key.startswith('spare.')]
+        assert spare
+        assert not set(spare) & set(tiny.differing(rank['first'], rank['last']))
