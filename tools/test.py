@@ -47,7 +47,7 @@ def main() -> None:
         raise ConfigError(f"--out '{args.out}' has to end in .pkl or .pickle")
     setup_cache_size_limit_of_dynamo()
     config = launch.read_config(args.config, args.cfg_options)
-    config.launcher = args.launcher
+    launch.use_launcher(config, args.launcher)
     launch.set_work_dir(config, args.config, args.work_dir)
     launch.check_before_testing(config, args.checkpoint)
     config.load_from, config.resume = args.checkpoint, False

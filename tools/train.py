@@ -45,7 +45,7 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     config = launch.read_config(args.config, args.cfg_options)
-    config.launcher = args.launcher
+    launch.use_launcher(config, args.launcher)
     launch.set_work_dir(config, args.config, args.work_dir)
     if args.amp:
         launch.use_amp(config)

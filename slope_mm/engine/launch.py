@@ -6,21 +6,33 @@ mistakes that can be found are found before that.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import (
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    RUNNERS,
+    init_default_scope,
+)
 from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
 from torch import nn
 
+from slope_mm.convert import compressed_layers
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.fit import check_fit
+from slope_mm.engine.model import NO_REGULARIZER
+from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
 
 
@@ -43,7 +55,10 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     if not Path(path).is_file():
         raise ConfigError(f"there is no config '{path}'; give the path of a config file")
     try:
-        config = Config.fromfile(path)
+        with warnings.catch_warnings():
+            # mmengine's, for every mmdet:: base.
+            warnings.filterwarnings('ignore', 'pkg_resources is deprecated', UserWarning)
+            config = Config.fromfile(path)
     except FileNotFoundError as error:
         raise ConfigError(
             f"config '{path}' inherits from a file that is missing: {error}"
@@ -113,6 +128,26 @@ def use_resume(config: Config, resume: str | None) -> None:
         config.resume, config.load_from = True, latest
 
 
+def use_launcher(config: Config, launcher: str) -> None:
+    """``--launcher``: several processes, also on machines without a GPU.
+
+    mmengine's own pytorch launcher sets a CUDA device and gives DDP one. Without CUDA the processes
+    talk by gloo instead, and DDP gets none.
+    """
+    config.launcher = launcher
+    if launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=config.get('find_unused_parameters', False),
+    )
+    config.model_wrapper_cfg = config.get('model_wrapper_cfg') or wrapper
+
+
 def build_runner(config: Config) -> Runner:
     """Builds the runner that the config asks for."""
     if 'runner_type' in config:
@@ -128,12 +163,14 @@ def check_before_training(config: Config) -> None:
             that cannot be built, an optim wrapper without a regularizer, or a checkpoint that is
             missing or belongs to another model.
     """
-    check_work_dir(config.work_dir)
     for loader in ('train_dataloader', 'val_dataloader'):
         check_data(config.get(loader), loader)
     model = build_model(config)
+    if compressed_layers(model):
+        check_optim_wrapper(config.get('optim_wrapper', {}))
     if config.get('load_from'):
         check_checkpoint(model, config.load_from, complete=bool(config.get('resume')))
+    check_work_dir(config.work_dir)
 
 
 def check_before_testing(config: Config, checkpoint: str) -> None:
@@ -142,9 +179,9 @@ def check_before_testing(config: Config, checkpoint: str) -> None:
     Raises:
         SlopeError: As :func:`check_before_training`.
     """
-    check_work_dir(config.work_dir)
     check_data(config.get('test_dataloader'), 'test_dataloader')
     check_checkpoint(build_model(config), checkpoint, complete=True)
+    check_work_dir(config.work_dir)
 
 
 def build_model(config: Config) -> nn.Module:
@@ -156,7 +193,27 @@ def build_model(config: Config) -> nn.Module:
     init_default_scope(config.get('default_scope', 'mmdet'))
     if 'type' not in config.get('model', {}):
         raise ConfigError("the config has no model with a 'type'; inherit from a detector's config")
-    return MODELS.build(config.model)
+    # Stock detectors write into the config that they are built from.
+    return MODELS.build(copy.deepcopy(config.model))
+
+
+def check_optim_wrapper(settings: Mapping[str, Any]) -> None:
+    """Asks for a regularizer; what mmengine's own constructor makes of its own wrappers has none.
+
+    Raises:
+        SlopeError: If it is missing or invalid.
+    """
+    given = dict(settings)
+    constructor = given.pop('constructor', 'DefaultOptimWrapperConstructor')
+    if isinstance(constructor, str):
+        constructor = OPTIM_WRAPPER_CONSTRUCTORS.get(constructor)
+    kind = given.get('type', 'OptimWrapper')
+    if isinstance(kind, str):
+        kind = OPTIM_WRAPPERS.get(kind)
+    if constructor is SlopeOptimWrapperConstructor:
+        SlopeOptimWrapperConstructor(given)
+    elif constructor is DefaultOptimWrapperConstructor and kind in (OptimWrapper, AmpOptimWrapper):
+        raise ConfigError(NO_REGULARIZER)
 
 
 def check_work_dir(path: str) -> None:

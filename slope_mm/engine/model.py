@@ -21,6 +21,12 @@ from slope_mm.engine.fit import CheckpointFit
 from slope_mm.errors import ConfigError, nearest
 from slope_mm.recipe import Recipe
 
+NO_REGULARIZER = (
+    'this SlopeModel is being trained by an optim wrapper that knows no regularizer, so cosine'
+    " alignment would be lost; set optim_wrapper.constructor='slope_mm.SlopeOptimWrapperConstructor"
+    "' and optim_wrapper.regularizer=dict(type='cosine'), or dict(type='none') for the naive arm"
+)
+
 
 class RegularizerGuard:
     """A forward pre-hook: refuses to train a SLOPE model without SLOPE's optim wrapper.
@@ -31,12 +37,7 @@ class RegularizerGuard:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_training_forward(model, args, kwargs) and not getattr(model, 'slope_in_step', False):
-            raise ConfigError(
-                'this SlopeModel is being trained by an optim wrapper that knows no regularizer,'
-                ' so cosine alignment would be lost; set optim_wrapper.constructor='
-                "'slope_mm.SlopeOptimWrapperConstructor' and optim_wrapper.regularizer="
-                "dict(type='cosine'), or dict(type='none') for the naive arm"
-            )
+            raise ConfigError(NO_REGULARIZER)
 
 
 @MODELS.register_module()
