@@ -34,8 +34,10 @@ STEM = r'(.*\.)?stem(\..*)?'
 # gfl_cls, rtm_obj, conv_centerness, multi_level_conv_cls.0, convs_pred.0, cls_branches.5, ... in
 # others. Towers such as cls_convs.0.conv end otherwise and follow the recipe.
 PREDICTION = (
-    r'(.*\.)?(\w+_)?(cls|reg|obj|iou|centerness|logits|pred|score|seg|kernel|coeff|cls_out|pts_out'
-    r'|refine_out|init_out|class_embed|cls_embed|cls_branches)(\.\d+)*'
+    r'(.*\.)?((\w+_)?(cls|reg|obj|iou|centerness|logits|pred|score|seg|kernel|coeff|cls_out|pts_out'
+    r'|refine_out|init_out|class_embed|cls_embed|cls_branches|reg_refine|loc|shape|mask_list)(\.\d+)*'
+    # Where the prediction is the last of a few layers: CenterNet, the DETR family, SOLOv2.
+    r'|(heatmap|wh|offset)_head\.2|reg_branches\.\d+\.4|conv_pred\.conv)'
 )
 # Sampling offsets of deformable convolutions: a small error there moves every sample.
 OFFSETS = r'(.*\.)?conv_offset'

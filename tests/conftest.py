@@ -15,7 +15,7 @@ from slope_mm.datasets.shapes import ShapesPaths, make_shapes
 
 # Runs that are compared with each other, in this process and in others, compute alike.
 torch.set_num_threads(1)
-os.environ['OMP_NUM_THREADS'] = '1'
+os.environ.update(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='-1')
 
 
 @pytest.fixture(scope='session')
@@ -33,7 +33,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShapesPaths:
 
 @pytest.fixture(scope='session')
 def tiny_config(shapes: ShapesPaths) -> Callable[..., Config]:
-    """``tiny.tiny_config`` on the shapes set: ``tiny_config(work_dir, name, epochs, **options)``."""
+    """:func:`tiny.tiny_config` on the shapes set."""
     return partial(tiny.tiny_config, shapes)
 
 

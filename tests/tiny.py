@@ -119,11 +119,17 @@ class Run:
         return self.runner.model
 
 
+class Observer(Hook):
+    """A hook that sees what all others have done."""
+
+    priority = 'LOWEST'
+
+
 def train(config: Config, *hooks: Hook) -> Run:
     """Trains as ``tools/train.py`` does, and writes the config into the work directory."""
     runner = Runner.from_cfg(config)
     for hook in hooks:
-        runner.register_hook(hook, priority='LOWEST')
+        runner.register_hook(hook)
     runner.train()
     file = dump(config, Path(config.work_dir) / 'tiny.py')
     # A run without checkpoints has none.
@@ -263,7 +269,7 @@ class ToyNet(BaseModel):
 
 @DATASETS.register_module(force=True)
 class ToyImages(torch.utils.data.Dataset):
-    """Noise images and targets; odd images and those of the second half are four times as strong."""
+    """Noise images and targets; odd images and the second half are four times as strong."""
 
     def __len__(self) -> int:
         # No run comes to the end: mmengine rests for two seconds there.

@@ -13,7 +13,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from slope_mm.analysis.comparison import ArmResult, write_results
 from slope_mm.analysis.demo_pictures import draw_demo
 from slope_mm.datasets.shapes import ensure_shapes
 from slope_mm.engine import launch
-from slope_mm.environment import version_table
+from slope_mm.environment import usable_cores, version_table
 from slope_mm.errors import SlopeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +84,8 @@ class Steps:
 
     def __init__(self, work_dir: Path) -> None:
         self.path = work_dir / 'steps.json'
+        # Arms run side by side.
+        self.lock = threading.Lock()
         self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def run(self, name: str, arm: Arm, command: list[str], after: str = '') -> str:
@@ -103,7 +107,7 @@ class Steps:
         print(f'{name}: {" ".join(["python", *command])}', flush=True)
         started = time.monotonic()
         try:
-            run_logged(command, arm.folder / f'{name.replace(" ", "_")}.log')
+            run_logged(command, arm.folder / f'{name.replace(" ", "_")}.log', arm.name)
             self.done[name]['finished'] = True
         finally:
             self.done[name]['seconds'] += time.monotonic() - started
@@ -111,9 +115,10 @@ class Steps:
         return key
 
     def _save(self) -> None:
-        partial = self.path.with_suffix('.part')
-        partial.write_text(json.dumps(self.done, indent=2))
-        partial.replace(self.path)
+        with self.lock:
+            partial = self.path.with_suffix('.part')
+            partial.write_text(json.dumps(self.done, indent=2))
+            partial.replace(self.path)
 
 
 PROGRESS = re.compile(
@@ -124,7 +129,17 @@ SCORE = re.compile(r'coco/bbox_mAP: (?P<box>[\d.]+).*coco/segm_mAP: (?P<mask>[\d
 COSINE = re.compile(r'slope_cosine_mean: (?P<cosine>[\d.]+)')
 
 
-def run_logged(command: list[str], log: Path) -> None:
+def environment() -> dict[str, str]:
+    """Half of the cores for each process, since two run side by side.
+
+    The model is so small that on a busy machine several threads wait for each other longer than
+    they compute.
+    """
+    threads = max(1, usable_cores() // 2)
+    return {'OMP_NUM_THREADS': str(threads), **os.environ}
+
+
+def run_logged(command: list[str], log: Path, label: str) -> None:
     """Runs a tool, shows its progress, keeps its output in a file.
 
     Raises:
@@ -133,14 +148,18 @@ def run_logged(command: list[str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open('a') as file:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
         )
         last: list[str] = []
         for line in process.stdout or ():
             file.write(line)
             file.flush()
             last = [*last[-19:], line]
-            show_progress(line)
+            show_progress(line, label)
         if process.wait() != 0:
             raise SlopeError(
                 f'{command[0]} failed with exit code {process.returncode}; its output is in {log}:'
@@ -148,18 +167,18 @@ def run_logged(command: list[str], log: Path) -> None:
             )
 
 
-def show_progress(line: str) -> None:
+def show_progress(line: str, label: str) -> None:
     """Prints the short form of a line of mmengine's log, if it is worth it."""
     if found := PROGRESS.search(line):
         cosine = COSINE.search(line)
         extra = f'  mean cosine {cosine["cosine"]}' if cosine else ''
         print(
-            f'  epoch {found["epoch"]:>2} {found["at"]:>3}/{found["of"]}'
+            f'  {label:<5}  epoch {found["epoch"]:>2} {found["at"]:>3}/{found["of"]}'
             f'  loss {found["loss"]}{extra}  ETA {found["eta"]}',
             flush=True,
         )
     elif found := SCORE.search(line):
-        print(f'  box mAP {found["box"]}  mask mAP {found["mask"]}', flush=True)
+        print(f'  {label:<5}  box mAP {found["box"]}  mask mAP {found["mask"]}', flush=True)
 
 
 def evaluation(arm: Arm) -> dict[str, float]:
@@ -200,6 +219,16 @@ def verdict(results: list[ArmResult]) -> list[str]:
     ]
 
 
+def train_and_test(steps: Steps, arm: Arm, start: str = '') -> str:
+    """Both steps of an arm; returns what arms that start from it depend on."""
+    config = str(arm.config.relative_to(ROOT))
+    train = ['tools/train.py', config, '--work-dir', str(arm.folder), '--resume', *arm.options]
+    trained = steps.run(f'train {arm.name}', arm, train, start)
+    test = ['tools/test.py', config, str(arm.checkpoint), '--work-dir', str(arm.folder / 'test')]
+    steps.run(f'test {arm.name}', arm, test, trained)
+    return trained
+
+
 def main() -> None:
     args = parse_args()
     # Configs and tools are named relative to the clone.
@@ -209,16 +238,12 @@ def main() -> None:
     paths = ensure_shapes(DATA)
     print(f'data: {paths.root}', flush=True)
     steps = Steps(args.work_dir)
-    key, trained = '', ''
     everything = arms(args.work_dir)
-    for arm in everything:
-        train = ['tools/train.py', str(arm.config.relative_to(ROOT)), '--work-dir']
-        train += [str(arm.folder), '--resume', *arm.options]
-        key = steps.run(f'train {arm.name}', arm, train, trained)
-        # Both compressed arms depend on the dense one, not on each other.
-        trained = trained or key
-        test = ['tools/test.py', str(arm.config.relative_to(ROOT)), str(arm.checkpoint)]
-        steps.run(f'test {arm.name}', arm, [*test, '--work-dir', str(arm.folder / 'test')], key)
+    dense, *compressed = everything
+    start = train_and_test(steps, dense)
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(train_and_test, steps, arm, start) for arm in compressed]:
+            future.result()
     results: list[ArmResult] = []
     for arm in everything:
         results.append(result(arm, results[0].bytes if results else None))

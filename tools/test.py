@@ -12,7 +12,7 @@ from mmengine.config import DictAction
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
-from slope_mm.engine.tta import use_tta
+from slope_mm.engine.tta import check_tta, use_tta
 from slope_mm.errors import ConfigError
 
 
@@ -49,6 +49,8 @@ def main() -> None:
     config = launch.read_config(args.config, args.cfg_options)
     launch.use_launcher(config, args.launcher)
     launch.set_work_dir(config, args.config, args.work_dir)
+    if args.tta:
+        check_tta(config)
     launch.check_before_testing(config, args.checkpoint)
     config.load_from, config.resume = args.checkpoint, False
     if args.show or args.show_dir:

@@ -81,12 +81,14 @@ class RegularizedOptimWrapper(OptimWrapper):
         """
         try:
             regularization = self.regularizer(self._layers)
-            if regularization is not None:
-                self.last_regularization = regularization.detach()
-                loss = loss + regularization
-            super().update_params(loss, step_kwargs, zero_kwargs)
         finally:
+            # Before the backward pass: activation checkpointing runs layers once more inside it,
+            # and needs a graph of its own there.
             self._end_step()
+        if regularization is not None:
+            self.last_regularization = regularization.detach()
+            loss = loss + regularization
+        super().update_params(loss, step_kwargs, zero_kwargs)
 
     def _end_step(self) -> None:
         for layer in self._layers:

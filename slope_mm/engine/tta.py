@@ -6,6 +6,25 @@ from copy import deepcopy
 
 from mmengine.config import Config, ConfigDict
 
+from slope_mm.errors import ConfigError
+
+DEFAULT_MODEL = 'DetTTAModel'
+
+
+def check_tta(config: Config) -> None:
+    """Refuses what mmdet's test-time augmentation would stop at in the middle.
+
+    Raises:
+        ConfigError: For a model that predicts masks.
+    """
+    kind = config.get('tta_model', {}).get('type', DEFAULT_MODEL)
+    heads = (config.model, config.model.get('roi_head') or {})
+    if str(kind).endswith(DEFAULT_MODEL) and any(part.get('mask_head') for part in heads):
+        raise ConfigError(
+            f"--tta: mmdet's {DEFAULT_MODEL} merges boxes alone, but this model predicts masks;"
+            ' leave the flag out, or set tta_model to one of your own that merges masks'
+        )
+
 
 def use_tta(config: Config) -> None:
     """Wraps the model and the test pipeline for test-time augmentation.
@@ -15,7 +34,7 @@ def use_tta(config: Config) -> None:
     """
     if 'tta_model' not in config:
         config.tta_model = dict(
-            type='DetTTAModel',
+            type=DEFAULT_MODEL,
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         )
     dataset = config.test_dataloader.dataset

@@ -128,12 +128,15 @@ class QuantizedInput(nn.Module):
     def set_activation_range(self, samples: Tensor, signed: bool) -> None:
         """Fixes sign and first step of the input quantizer.
 
+        An input of zeros alone (a dead branch) says nothing about the range: the layer stays
+        uncalibrated and passes it through.
+
         Args:
             samples: Sampled input values, flat.
             signed: Whether negative values occur.
         """
         bits = self.slope_spec.activation_bits
-        if bits is None or self.slope_act_step is None:
+        if bits is None or self.slope_act_step is None or not bool(samples.any()):
             return
         self.slope_act_step.copy_(calibrated_step(samples, signed, bits))
         self._act_state = SIGNED if signed else UNSIGNED
@@ -160,5 +163,7 @@ class QuantizedInput(nn.Module):
             observer = ActivationObserver()
             observer.observe(x)
             self.set_activation_range(torch.cat(observer.samples), bool(observer.low < 0))  # type: ignore[operator]
+            if self._act_state == UNCALIBRATED:
+                return x
         codes = activation_codes(bits, self._act_state == SIGNED)
         return quantize_activation(x, self.slope_act_step, codes)

@@ -13,13 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 import torch
-from mmengine.config import Config
 from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
+
+from slope_mm.engine import launch
 
 
-class Snapshot(Hook):
+class Snapshot(tiny.Observer):
     """Copies the state with which the first iteration begins."""
 
     def __init__(self) -> None:
@@ -32,12 +31,12 @@ class Snapshot(Hook):
 
 def main(out: str, *configs: str) -> None:
     torch.set_num_threads(1)
-    # mmengine's own way sets a CUDA device, which there may be none of.
-    torch.distributed.init_process_group('gloo')
     for path in configs:
-        runner = Runner.from_cfg(Config.fromfile(path))
+        config = launch.read_config(path)
+        launch.use_launcher(config, 'pytorch')
+        runner = launch.build_runner(config)
         snapshot = Snapshot()
-        runner.register_hook(snapshot, priority='LOWEST')
+        runner.register_hook(snapshot)
         runner.train()
         seen = {
             'wrapper': type(runner.model).__name__,

@@ -34,7 +34,7 @@ def signs(model: nn.Module) -> dict[str, bool | None]:
     return {name: layer.activation_signed for name, layer in compressed_layers(model).items()}
 
 
-class Probe(Hook):
+class Probe(tiny.Observer):
     """Notes what is there when an iteration begins."""
 
     def __init__(self) -> None:
@@ -61,7 +61,9 @@ def probed(
     tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path_factory: pytest.TempPathFactory
 ) -> Probe:
     """What a run with the hook looked like; its epochs are not seeded anew."""
-    config = tiny_config(tmp_path_factory.mktemp('probed'), load_from=str(dense_run.checkpoint), validate=False)
+    config = tiny_config(
+        tmp_path_factory.mktemp('probed'), load_from=str(dense_run.checkpoint), validate=False
+    )
     probe = Probe()
     tiny.train(without(config, 'slope_mm.EpochSeedHook'), probe)
     return probe
@@ -124,7 +126,9 @@ def test_calibrated_layers_stay_as_they_are(detector: nn.Module, config: Config)
 def test_never_again_on_resume(
     tiny_config: MakeConfig, slope_run: tiny.Run, tmp_path: Path
 ) -> None:
-    config = tiny_config(tmp_path, epochs=2, load_from=str(slope_run.checkpoint), resume=True, validate=False)
+    config = tiny_config(
+        tmp_path, epochs=2, load_from=str(slope_run.checkpoint), resume=True, validate=False
+    )
     probe = Probe()
     tiny.train(config, probe)
     assert len(probe.steps) == 2, 'the second epoch alone'
@@ -179,19 +183,17 @@ class Modes(Hook):
         self.before = [module.training for module in runner.model.modules()]
 
 
-class ModesAfter(Hook):
+class ModesAfter(tiny.Observer):
     def before_train(self, runner: Any) -> None:
         self.after = [module.training for module in runner.model.modules()]
 
 
-def test_modes_are_restored(
-    tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path: Path
-) -> None:
+def test_modes_are_restored(tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, load_from=str(dense_run.checkpoint), validate=False)
     runner = tiny.Runner.from_cfg(config)
     before, after = Modes(), ModesAfter()
     runner.register_hook(before)
-    runner.register_hook(after, priority='LOWEST')
+    runner.register_hook(after)
     runner.train()
     assert before.before == after.after
     assert len(set(after.after)) == 2

@@ -48,14 +48,7 @@ def ranks(
     configs['hook'].custom_hooks = [dict(type='slope_mm.SlopeCalibrationHook', batches=1)]
     files = []
     for name, config in configs.items():
-        config.launcher = 'pytorch'
-        # mmengine's default but for the CUDA device that it assumes.
-        config.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel',
-            device_ids=None,
-            broadcast_buffers=False,
-            find_unused_parameters=name == 'unreached',
-        )
+        config.find_unused_parameters = name == 'unreached'
         files.append(tiny.dump(config, root / f'{name}.py'))
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     done = subprocess.run([*launch, WORKER, root, *files], capture_output=True, text=True)
@@ -100,9 +93,7 @@ def test_the_hook_leaves_ranks_of_a_detector_with_equal_ranges(ranks: Seen) -> N
 def first_step(*indices: int) -> float:
     """The step of the toy's first input, calibrated on these images in one process."""
     init_default_scope('mmengine')
-    model = MODELS.build(
-        dict(type='slope_mm.SlopeModel', arch='ToyNet', recipe=tiny.TOY_RECIPE)
-    )
+    model = MODELS.build(dict(type='slope_mm.SlopeModel', arch='ToyNet', recipe=tiny.TOY_RECIPE))
     images = [tiny.ToyImages()[index] for index in indices]
     slope_mm.calibrate(model.train(), [{key: [i[key] for i in images] for key in images[0]}])
     return float(model.first.slope_act_step)

@@ -1,4 +1,4 @@
-"""SlopeModel: the stock object with compressed layers, wherever mmengine and mmdet build or load."""
+"""SlopeModel: the stock object with compressed layers, wherever it is built or loaded."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_another_recipe_is_refused_before_loading(
     config.model.recipe.weight.update(change)
     model = tiny.build(config)
     before = tiny.state_of(model)
-    with pytest.raises(CheckpointError, match="layer 'backbone.* was compressed as '.* recipe says"):
+    with pytest.raises(CheckpointError, match=r"layer 'backbone.* compressed as .* recipe says"):
         load_checkpoint(model, str(slope_run.checkpoint), map_location='cpu')
     assert not tiny.differing(before, tiny.state_of(model))
 

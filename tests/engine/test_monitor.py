@@ -25,7 +25,7 @@ Array = NDArray[Any]
 FIGURES = ['cosine', 'sqnr_db', 'clipped', 'zeros']
 
 
-class Weights(Hook):
+class Weights(tiny.Observer):
     """Keeps the weights and the added regularizer of every iteration."""
 
     def __init__(self) -> None:

@@ -15,11 +15,11 @@ import tiny
 import torch
 from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, init_default_scope
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import slope_mm
 from slope_mm import ConfigError, RecipeError, compressed_layers
@@ -177,7 +177,12 @@ def task_gradients_by_hand(config: Config, state: dict[str, Tensor], batch: Any)
     [('cosine', 'layer', 'exact'), ('cosine', 'filter', 'ste'), ('l2', 'layer', 'exact')],
 )
 def test_gradients_equal_a_plain_loop(
-    detector: nn.Module, detector_config: Config, batch: Any, kind: str, granularity: str, gradient: str
+    detector: nn.Module,
+    detector_config: Config,
+    batch: Any,
+    kind: str,
+    granularity: str,
+    gradient: str,
 ) -> None:
     state, weight = tiny.state_of(detector), 30.0
     task = task_gradients_by_hand(detector_config, state, batch)
@@ -527,7 +532,7 @@ def test_bf16_autocast_keeps_steps_and_regularizer_in_fp32(toy: nn.Module) -> No
 # --- mistakes ------------------------------------------------------------------------------------
 
 
-class Stopwatch(Hook):
+class Stopwatch(tiny.Observer):
     """Notes whether an iteration was ever finished."""
 
     finished = 0
@@ -588,3 +593,38 @@ def test_bad_settings_of_the_steps(toy: nn.Module) -> None:
         wrapper_of(toy, step_lr_mult=-1)
     with pytest.raises(ConfigError, match='step_limit=1.0 is not a share'):
         wrapper_of(toy, step_limit=1.0)
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_activation_checkpointing_trains_alike(use_reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        """Two layers whose activations are recomputed in the backward pass, or not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            self.recompute = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.recompute:
+                return checkpoint(self.layers, x, use_reentrant=use_reentrant)
+            return self.layers(x)
+
+    def trained(recompute: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = slope_mm.convert(Checkpointed(), tiny.TOY_RECIPE)
+        model.recompute = recompute
+        wrapper = SlopeOptimWrapper(
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            regularizer=dict(type='cosine', weight=1.0),
+        )
+        x = torch.randn(4, 8, requires_grad=True)
+        for _ in range(3):
+            with wrapper.optim_context(model):
+                loss = model(x).square().mean()
+            wrapper.update_params(loss)
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    plain, recomputed = trained(False), trained(True)
+    for name, value in plain.items():
+        assert torch.equal(value, recomputed[name]), name

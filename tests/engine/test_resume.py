@@ -15,7 +15,6 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from torch import Tensor
 
@@ -86,13 +85,13 @@ class StoppedError(Exception):
     pass
 
 
-class StopAfterFirstEpoch(Hook):
+class StopAfterFirstEpoch(tiny.Observer):
     def before_train_epoch(self, runner: Any) -> None:
         if runner.epoch == 1:
             raise StoppedError
 
 
-class Evaluated(Hook):
+class Evaluated(tiny.Observer):
     """What the validation at the end computes with, and what comes out."""
 
     def before_val_epoch(self, runner: Any) -> None:
@@ -110,9 +109,7 @@ class Evaluated(Hook):
 
 
 @pytest.fixture(scope='module')
-def with_ema(
-    tiny_config: MakeConfig, dense_run: tiny.Run
-) -> Callable[..., Config]:
+def with_ema(tiny_config: MakeConfig, dense_run: tiny.Run) -> Callable[..., Config]:
     def make(work_dir: Path, **options: Any) -> Config:
         config = tiny_config(work_dir, epochs=2, load_from=str(dense_run.checkpoint), **options)
         # As mmdet's own configs have it, but for a momentum that shows in four iterations.

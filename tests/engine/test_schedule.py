@@ -107,7 +107,7 @@ def test_what_is_no_point_in_training(value: Any) -> None:
 ITERATIONS = 8
 
 
-class Diary(Hook):
+class Diary(tiny.Observer):
     """Notes masks, the masks that W asks for, lambda's factor and L_reg of every iteration."""
 
     def __init__(self) -> None:
@@ -132,20 +132,36 @@ class Diary(Hook):
         self.added.append(float(runner.optim_wrapper.last_regularization))
 
 
+class Shaker(Hook):
+    """Stands for a training that moves weights far: adds noise that depends on the iteration."""
+
+    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+        noise = torch.Generator().manual_seed(runner.iter)
+        with torch.no_grad():
+            for layer in compressed_layers(runner.model).values():
+                scale = 0.2 * layer.weight.std()
+                layer.weight += scale * torch.randn(layer.weight.shape, generator=noise)
+
+
+def train(config: Config, *hooks: Hook) -> tiny.Run:
+    return tiny.train(config, Shaker(), *hooks)
+
+
 def config_with(work_dir: Path, ema: bool = False, **schedule: Any) -> Config:
-    """Eight iterations of the toy at a rate that keeps its masks moving."""
+    """Eight iterations of the toy; a checkpoint after five."""
     config = tiny.toy_config(work_dir, train_cfg__max_iters=ITERATIONS)
-    config.optim_wrapper.optimizer.lr = 5.0
     config.default_hooks.checkpoint.interval = 5
     config.custom_hooks = [dict(type='slope_mm.SlopeScheduleHook', **schedule)]
     if ema:
-        config.custom_hooks.append(dict(type='EMAHook', ema_type='mmdet.ExpMomentumEMA', momentum=0.3))
+        config.custom_hooks.append(
+            dict(type='EMAHook', ema_type='mmdet.ExpMomentumEMA', momentum=0.3)
+        )
     return config
 
 
 def diary(work_dir: Path, **schedule: Any) -> Diary:
     notes = Diary()
-    tiny.train(config_with(work_dir, **schedule), notes)
+    train(config_with(work_dir, **schedule), notes)
     return notes
 
 
@@ -221,16 +237,14 @@ def test_ramp_reaches_the_pattern_also_between_intervals(
     'schedule', [dict(freeze_at=3), dict(mask_interval=4), dict(ramp_until=7)], ids=str
 )
 @pytest.mark.parametrize('ema', [False, True], ids=['', 'ema'])
-def test_resume_continues_the_schedule(
-    tmp_path: Path, schedule: dict[str, int], ema: bool
-) -> None:
+def test_resume_continues_the_schedule(tmp_path: Path, schedule: dict[str, int], ema: bool) -> None:
     """From the checkpoint after five iterations: the same masks and weights as without a break."""
     whole = Diary()
-    run = tiny.train(config_with(tmp_path / 'whole', ema, **schedule), whole)
+    run = train(config_with(tmp_path / 'whole', ema, **schedule), whole)
     config = config_with(tmp_path / 'resumed', ema, **schedule)
     config.resume, config.load_from = True, str(tmp_path / 'whole' / 'iter_5.pth')
     rest = Diary()
-    resumed = tiny.train(config, rest)
+    resumed = train(config, rest)
     assert len(rest.masks) == 3
     for a, b in zip(whole.masks[5:], rest.masks, strict=True):
         assert same(a, b)
@@ -238,18 +252,18 @@ def test_resume_continues_the_schedule(
 
 
 def test_frozen_masks_are_saved_state(tmp_path: Path) -> None:
-    run = tiny.train(config_with(tmp_path, freeze_at=3))
+    run = train(config_with(tmp_path, freeze_at=3))
     state = load_checkpoint_file(run.checkpoint)['state_dict']
     for name, mask in tiny.masks_of(run.model).items():
         assert torch.equal(state[f'{name}.slope_mask'], mask)
     # A live mask is a function of W and is not saved.
-    run = tiny.train(config_with(tmp_path / 'live'))
+    run = train(config_with(tmp_path / 'live'))
     state = load_checkpoint_file(run.checkpoint)['state_dict']
     assert not [key for key in state if key.endswith('slope_mask')]
 
 
 def test_averaged_models_have_the_frozen_masks_too(tmp_path: Path) -> None:
-    run = tiny.train(config_with(tmp_path, ema=True, freeze_at=3))
+    run = train(config_with(tmp_path, ema=True, freeze_at=3))
     averaged = next(h for h in run.runner.hooks if hasattr(h, 'ema_model')).ema_model.module
     assert same(tiny.masks_of(averaged), tiny.masks_of(run.model))
     checkpoint = load_checkpoint_file(run.checkpoint)
@@ -263,11 +277,11 @@ def test_averaged_models_have_the_frozen_masks_too(tmp_path: Path) -> None:
 
 
 def test_training_from_a_frozen_checkpoint_moves_masks_again(tmp_path: Path) -> None:
-    frozen = tiny.train(config_with(tmp_path / 'frozen', freeze_at=3))
+    frozen = train(config_with(tmp_path / 'frozen', freeze_at=3))
     config = config_with(tmp_path / 'again', ema=True)
     config.load_from = str(frozen.checkpoint)
     notes = Diary()
-    run = tiny.train(config, notes)
+    run = train(config, notes)
     assert not any(notes.held)
     assert same(notes.masks[0], notes.wanted[0])
     assert not same(notes.masks[0], tiny.masks_of(frozen.model))
@@ -296,4 +310,4 @@ def test_bad_schedules(schedule: dict[str, Any], message: str) -> None:
 def test_freezing_before_the_ramp_ends(tmp_path: Path) -> None:
     config = config_with(tmp_path, freeze_at=0.25, ramp_until=0.5)
     with pytest.raises(ConfigError, match='at iteration 2, before the ramp ends at 4; freeze'):
-        tiny.train(config)
+        train(config)

@@ -996,3 +996,14 @@ def test_compressed_layers_train(capsys: pytest.CaptureFixture[str]) -> None:
         assert kept_input_channels(layer, 4) <= {0, 1, 2}
     assert isinstance(model[0], SlopeLinear) and not isinstance(model[0], SlopeConvTranspose2d)
     assert capsys.readouterr().out == ''
+
+
+def test_an_input_of_zeros_alone_calibrates_nothing() -> None:
+    layer = slope_mm.convert(
+        nn.Sequential(nn.Linear(8, 4)), dict(weight=dict(bits=4), activation=dict(bits=4))
+    )[0]
+    layer.train()
+    layer(torch.zeros(2, 8))
+    assert not layer.calibrated
+    layer(torch.rand(2, 8))
+    assert layer.calibrated and float(layer.slope_act_step) > 1e-3

@@ -406,6 +406,22 @@ def test_the_searched_start_is_never_worse_than_the_lsq_start(
 
 
 @pytest.mark.parametrize(('name', 'bits'), ALL_CODES)
+def test_the_searched_start_is_never_worse_on_heavy_tails(name: str, bits: int) -> None:
+    """Where a grid of clip ranges is too coarse on its own: few weights, or outliers."""
+    codes = weight_codes(name, bits)
+    torch.manual_seed(0)
+    for size in (2, 4, 16, 64, 1500):
+        laplace = torch.randn(200, size).sign() * torch.empty(200, size).exponential_()
+        outliers = torch.distributions.StudentT(2.0).sample((200, size))
+        for w in (laplace, outliers, laplace * (torch.rand(200, size) < 0.1)):
+            searched, start = (
+                squared_error(w, init(w, codes), codes, None, 0)
+                for init in (mse_init_step, lsq_init_step)
+            )
+            assert (searched <= start * (1 + 1e-4) + 1e-9).all()
+
+
+@pytest.mark.parametrize(('name', 'bits'), ALL_CODES)
 def test_the_searched_start_is_near_the_best_there_is(name: str, bits: int) -> None:
     """Against all clip ranges from 2 % to 120 % of the maximum."""
     codes, w = weight_codes(name, bits), random_tensor((6, 16, 3, 3))
