@@ -155,6 +155,7 @@ def build(config: Config) -> nn.Module:
 
 def first_batch(config: Config, size: int = 2, split: str = 'train') -> Any:
     """A batch of a split, collated, always the same images."""
+    init_default_scope('mmdet')
     loader = config[f'{split}_dataloader'].copy()
     loader.update(batch_size=size, sampler=dict(type='DefaultSampler', shuffle=False))
     torch.manual_seed(0)

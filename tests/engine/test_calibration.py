@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,15 @@ def test_weights_batch_norm_and_random_states_are_left_as_found(
     detector: nn.Module, config: Config
 ) -> None:
     batch = tiny.first_batch(config)
+
+    def drawn() -> Iterator[Any]:
+        # As a pipeline's augmentations do.
+        for _ in range(2):
+            random.random(), np.random.rand(), torch.rand(1)
+            yield batch
+
     before, states = tiny.state_of(detector), random_states()
-    slope_mm.calibrate(detector, [batch, batch])
+    slope_mm.calibrate(detector, drawn())
     changed = tiny.differing(before, tiny.state_of(detector))
     assert {key.rsplit('.', 1)[1] for key in changed} == {'slope_act_step', 'slope_act_signed'}
     assert random_states() == states

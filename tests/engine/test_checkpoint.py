@@ -1,126 +1,53 @@
-"""The checkpoint reader: all that a real Runner writes, and nothing that a pickle could run."""
+"""The checkpoint reader: all that a real Runner writes, bad files, downloads and names."""
 
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import functools
 import http.server
-import importlib
 import io
 import json
-import operator
 import os
 import pickle
 import re
-import struct
-import subprocess
-import sys
 import tarfile
 import threading
-import time
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
+from checkpoint_runs import Net, make_runner, spread, unsafe
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseModel
 from mmengine.optim import OneCycleLR
-from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from mmengine.runner import CheckpointLoader
+from pickle_gadgets import (
+    SYSTEM,
+    Call,
+    appears,
+    read_pickle,
+    touch,
+    unicode,
+    write_gadget,
+    write_pickle,
+)
 from torch import nn
 
 from slope_mm.engine import checkpoint
 from slope_mm.engine.checkpoint import CheckpointNotFoundError, load_checkpoint_file
 from slope_mm.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures('installed')
+
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split('+')[0].split('.')[:2])
 
 
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'):
-        monkeypatch.delenv(variable, raising=False)
-    checkpoint.install()
-
-
 # --- a real Runner -------------------------------------------------------------------------------
-
-
-class Net(BaseModel):
-    def __init__(self, init_cfg: dict | None = None) -> None:
-        super().__init__(init_cfg=init_cfg)
-        self.conv = nn.Conv2d(1, 2, 3)
-        self.norm = nn.BatchNorm2d(2)
-        self.head = nn.Linear(2, 1)
-
-    def forward(self, image: list[torch.Tensor], mode: str = 'tensor') -> Any:
-        out = self.head(self.norm(self.conv(torch.stack(list(image)))).mean((2, 3)))
-        return {'loss': out.square().mean()} if mode == 'loss' else out
-
-
-class Images(torch.utils.data.Dataset):
-    metainfo = {
-        'classes': ('disc', 'square'),
-        'palette': [(1, 2, 3), (4, 5, 6)],
-        'keypoints': ConfigDict(left={'id': 0, 'swap': 'right'}, sizes=[1, 2]),
-        'sigmas': np.arange(3, dtype=np.float32),
-        'scale': np.float64(0.5),
-    }
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        noise = torch.Generator().manual_seed(index)
-        return {'image': torch.randn(1, 5, 5, generator=noise)}
-
-
-def make_runner(work_dir: Path, iterations: int, **options: Any) -> Runner:
-    torch.manual_seed(0)
-    runner = Runner(
-        model=Net(),
-        work_dir=str(work_dir),
-        train_dataloader={
-            'batch_size': 2,
-            'num_workers': 0,
-            'dataset': Images(),
-            'sampler': {'type': 'DefaultSampler', 'shuffle': False},
-        },
-        train_cfg={'by_epoch': False, 'max_iters': iterations},
-        optim_wrapper={'type': 'OptimWrapper', 'optimizer': {'type': 'AdamW', 'lr': 0.01}},
-        param_scheduler=[
-            {'type': 'LinearLR', 'by_epoch': False, 'start_factor': 0.5, 'end': 3},
-            {'type': 'MultiStepLR', 'by_epoch': False, 'milestones': [1, 3]},
-        ],
-        default_hooks={
-            'logger': {'type': 'LoggerHook', 'interval': 1},
-            'checkpoint': {'type': 'CheckpointHook', 'by_epoch': False, 'interval': 2},
-        },
-        custom_hooks=[{'type': 'EMAHook', 'momentum': 0.1}],
-        default_scope='mmengine',
-        experiment_name=f'checkpoint_{uuid4().hex}',
-        log_level='ERROR',
-        **options,
-    )
-    torch.manual_seed(0)
-    nn.init.normal_(runner.model.conv.weight)
-    return runner
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint after two iterations of training; iter_4.pth beside it after four."""
-    work_dir = tmp_path_factory.mktemp('trained')
-    make_runner(work_dir, 4).train()
-    return work_dir / 'iter_2.pth'
 
 
 def assert_same(ours: Any, theirs: Any, where: str = '') -> None:
@@ -150,10 +77,6 @@ def assert_same(ours: Any, theirs: Any, where: str = '') -> None:
             assert_same(mine, other, f'{where}[{i}]')
     else:
         assert ours == theirs, where
-
-
-def unsafe(path: Path) -> Any:
-    return torch.load(path, map_location='cpu', weights_only=False)
 
 
 def test_runner_checkpoint_equals_the_unsafe_load(trained: Path) -> None:
@@ -211,12 +134,8 @@ def test_statistics_that_the_program_registered(tmp_path: Path) -> None:
         assert load_checkpoint_file(tmp_path / 'spread.pth').statistics('spread') == 2
     finally:
         del HistoryBuffer._statistics_methods['spread']
-    with pytest.raises(CheckpointError, match=rf"'{__name__}\.spread'"):
+    with pytest.raises(CheckpointError, match=rf"'{spread.__module__}\.spread'"):
         load_checkpoint_file(tmp_path / 'spread.pth')
-
-
-def spread(buffer: HistoryBuffer) -> float:
-    return buffer.max() - buffer.min()
 
 
 # --- what else plain data may be -----------------------------------------------------------------
@@ -319,374 +238,6 @@ def test_environment_variables(
     else:
         with pytest.raises(CheckpointError, match='unset TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
             load_checkpoint_file(trained)
-
-
-# --- pickles by hand: torch.save writes no opcode that a good file lacks -------------------------
-
-
-def unicode(text: str) -> bytes:
-    return b'X' + struct.pack('<I', len(text.encode())) + text.encode()
-
-
-def name(module: str, attribute: str) -> bytes:
-    return f'c{module}\n{attribute}\n'.encode()
-
-
-def group(*items: bytes) -> bytes:
-    return b'(' + b''.join(items) + b't'
-
-
-def call(function: bytes, *arguments: bytes) -> bytes:
-    return function + group(*arguments) + b'R'
-
-
-def program(*opcodes: bytes) -> bytes:
-    return b'\x80\x02' + b''.join(opcodes) + b'.'
-
-
-HISTORY = name('mmengine.logging.history_buffer', 'HistoryBuffer')
-GETATTR = name('__builtin__', 'getattr')
-ORDERED = name('collections', 'OrderedDict') + b')R'
-FLOATS = call(name('numpy', 'dtype'), unicode('f8'), b'\x89', b'\x88')
-
-
-def read_pickle(path: Path) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(next(n for n in archive.namelist() if n.endswith('/data.pkl')))
-
-
-def write_pickle(path: Path, data: bytes) -> None:
-    """Puts ``data`` in place of the pickle of a zip checkpoint."""
-    with zipfile.ZipFile(path) as archive:
-        records = {n: archive.read(n) for n in archive.namelist()}
-    with zipfile.ZipFile(path, 'w') as archive:
-        for record, content in records.items():
-            archive.writestr(record, data if record.endswith('/data.pkl') else content)
-
-
-# --- gadgets: each would leave a marker file -----------------------------------------------------
-
-
-class Call:
-    """Pickles as ``function(*arguments)``, and as ``BUILD state`` of its result."""
-
-    def __init__(self, function: Callable, *arguments: Any, state: Any = None) -> None:
-        self.reduced = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self) -> tuple:
-        return self.reduced
-
-
-class Stateful:
-    """Leaves its marker when its state is set."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __getstate__(self) -> dict[str, str]:
-        return {'marker': str(self.marker)}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        Path(state['marker']).touch()
-
-
-MODULE = 'slope_gadget_module'  # leaves the marker when it is imported
-
-
-def touch(marker: Path) -> Call:
-    return Call(os.system, f'touch {marker}')
-
-
-def code(marker: Path) -> str:
-    return f'open({str(marker)!r}, "w").close()'
-
-
-def saved(thing: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(thing, buffer)
-    return buffer.getvalue()
-
-
-def array_file(marker: Path) -> Call:
-    path = marker.with_suffix('.npy')
-    np.save(path, np.array([touch(marker)], dtype=object), allow_pickle=True)
-    return Call(np.load, str(path), None, True)
-
-
-def getattr_chain(marker: Path) -> bytes:
-    """HistoryBuffer.__init__.__globals__['__builtins__']['exec'](code): no name but getattr's."""
-    module = call(GETATTR, call(GETATTR, HISTORY, unicode('__init__')), unicode('__globals__'))
-    builtins = call(call(GETATTR, module, unicode('get')), unicode('__builtins__'))
-    execute = call(call(GETATTR, builtins, unicode('get')), unicode('exec'))
-    return program(call(execute, unicode(code(marker))))
-
-
-SYSTEM = f'{os.system.__module__}.system'
-SCALAR = np.float64(1).__reduce__()[0]
-# What the gadget is: what torch.save is given, or the bytes of a pickle; the name in the error.
-GADGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    'os.system': (touch, SYSTEM),
-    'eval': (lambda m: Call(eval, code(m)), 'builtins.eval'),
-    'exec': (lambda m: Call(exec, code(m)), 'builtins.exec'),
-    'Popen': (lambda m: Call(subprocess.Popen, ['touch', str(m)]), 'subprocess.Popen'),
-    'import_module': (
-        lambda m: Call(importlib.import_module, MODULE),
-        'importlib.import_module',
-    ),
-    'a name whose module runs': (lambda m: program(name(MODULE, 'x')), f'{MODULE}.x'),
-    'getattr chain': (getattr_chain, f'builtins.getattr({HistoryBuffer.__module__}.HistoryBuffer'),
-    'nested reducers': (lambda m: Call(OrderedDict, [('a', [touch(m)])]), SYSTEM),
-    'class and state': (
-        lambda m: Call(functools.partial(os.system, f'touch {m}')),
-        'functools.partial',
-    ),
-    'attrgetter': (
-        lambda m: [Call(operator.attrgetter('__globals__'), spread), touch(m)],
-        'operator.attrgetter',
-    ),
-    '_load_from_bytes': (
-        lambda m: Call(torch.storage._load_from_bytes, saved(touch(m))),
-        'torch.storage._load_from_bytes',
-    ),
-    'object array': (lambda m: np.array([touch(m)], dtype=object), "numpy.dtype('O"),
-    'object scalar': (lambda m: Call(SCALAR, np.dtype('O'), touch(m)), "numpy.dtype('O"),
-    'numpy.load': (array_file, 'numpy.load'),
-    'copyreg': (
-        lambda m: Call(
-            copyreg._reconstructor, Stateful, object, None, state=Stateful(m).__getstate__()
-        ),
-        'copyreg._reconstructor',
-    ),
-    '__setstate__': (Stateful, f'{__name__}.Stateful'),
-    'INST': (
-        lambda m: program(b'(' + unicode(f'touch {m}') + b'ios\nsystem\n'),
-        'os.system',
-    ),
-}
-
-
-@pytest.fixture
-def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    marker = tmp_path / 'marker'
-    (tmp_path / f'{MODULE}.py').write_text(code(marker))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    statistics = dict(HistoryBuffer._statistics_methods)
-    yield marker
-    HistoryBuffer._statistics_methods.clear()
-    HistoryBuffer._statistics_methods.update(statistics)
-
-
-def write_gadget(path: Path, gadget: Any, legacy: bool = False) -> None:
-    if isinstance(gadget, bytes):
-        torch.save({}, path)
-        write_pickle(path, gadget)
-    else:
-        content = {'state_dict': {'w': torch.ones(2)}, 'more': gadget}
-        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-
-
-def appears(marker: Path) -> bool:
-    for _ in range(200):  # a process may need a moment
-        if marker.exists():
-            return True
-        time.sleep(0.02)
-    return False
-
-
-BY_HAND = ('a name whose module runs', 'getattr chain', 'INST')  # torch.save writes none of these
-
-
-@pytest.mark.parametrize(
-    ('kind', 'legacy'),
-    [
-        pytest.param(kind, legacy, id=f'{kind}-{"legacy" if legacy else "zip"}')
-        for kind in GADGETS
-        for legacy in (False, True)
-        if not (legacy and kind in BY_HAND)
-    ],
-)
-def test_gadget_is_named_and_not_run(kind: str, legacy: bool, marker: Path) -> None:
-    make, what = GADGETS[kind]
-    path = marker.with_suffix('.pth')
-    write_gadget(path, make(marker), legacy)
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint_file(path)
-    assert str(caught.value).startswith(f'{path} asks to run')
-    assert what in str(caught.value)
-    assert not marker.exists()
-    with contextlib.suppress(Exception):
-        unsafe(path)
-    assert appears(marker), 'the gadget does nothing: this test proves nothing'
-
-
-def test_gadget_in_the_message_hub_of_a_good_checkpoint(trained: Path, marker: Path) -> None:
-    content = unsafe(trained)
-    content['message_hub']['runtime_info']['note'] = touch(marker)
-    path = marker.with_suffix('.pth')
-    torch.save(content, path)
-    model = Net()
-    before = model.conv.weight.clone()
-    for read in (
-        lambda: load_checkpoint_file(path),
-        lambda: CheckpointLoader.load_checkpoint(str(path)),
-        lambda: load_checkpoint(model, str(path), map_location='cpu'),
-        lambda: make_runner(marker.parent, 4, load_from=str(path)).train(),
-        lambda: make_runner(marker.parent, 4, load_from=str(path), resume=True).train(),
-        lambda: Net(init_cfg={'type': 'Pretrained', 'checkpoint': str(path)}).init_weights(),
-        lambda: checkpoint.load_from_ceph(str(path), backend='local'),
-    ):
-        with pytest.raises(CheckpointError, match=SYSTEM):
-            read()
-    assert torch.equal(model.conv.weight, before)
-    assert not marker.exists()
-
-
-def test_resume_runs_no_config_of_the_checkpoint(trained: Path, marker: Path) -> None:
-    content = unsafe(trained)
-    content['meta']['config'] = code(marker)
-    path = marker.with_suffix('.pth')
-    torch.save(content, path)
-    make_runner(marker.parent / 'resumed', 4, load_from=str(path), resume=True).train()
-    assert not marker.exists()
-    with contextlib.suppress(Exception):
-        Config.fromstring(content['meta']['config'], file_format='.py')  # as Runner.resume does
-    assert appears(marker)
-
-
-def test_gadget_in_the_extension_registry(marker: Path) -> None:
-    path = marker.with_suffix('.pth')
-    write_gadget(path, program(call(b'\x82\xf0', unicode(f'touch {marker}'))))
-    copyreg.add_extension(os.system.__module__, 'system', 0xF0)
-    try:
-        with pytest.raises(CheckpointError, match='pickle opcode EXT1'):
-            load_checkpoint_file(path)
-        assert not marker.exists()
-        with contextlib.suppress(Exception):
-            unsafe(path)
-        assert appears(marker)
-    finally:
-        copyreg.remove_extension(os.system.__module__, 'system', 0xF0)
-        copyreg.clear_extension_cache()
-
-
-def test_gadget_in_the_header_of_the_legacy_format(marker: Path) -> None:
-    path = marker.with_suffix('.pth')
-    magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-    path.write_bytes(magic + pickle.dumps(touch(marker), protocol=2))
-    with pytest.raises(CheckpointError, match=SYSTEM):
-        load_checkpoint_file(path)
-    assert not marker.exists()
-
-
-REBUILD = name('torch._utils', '_rebuild_tensor_v2')
-FLOAT_STATE = [b'K\x03', unicode('<'), b'N', b'N', b'N', b'J\xff\xff\xff\xff', b'J\xff\xff\xff\xff']
-# Admitted names put to other uses than their own, and doors back into torch.load.
-MISUSES = {
-    'torch.load again': (
-        program(call(name('torch.serialization', 'load'), unicode('a.pth'))),
-        'torch.serialization.load',
-    ),
-    'a statistic of all history buffers': (
-        program(
-            HISTORY,
-            b')\x81}',
-            unicode('statistics_methods'),
-            b'}',
-            unicode('mean'),
-            name('__builtin__', 'exec'),
-            b'ssb',
-        ),
-        'builtins.exec',
-    ),
-    'attributes of a function': (
-        program(REBUILD, group(b'N', b'}' + unicode('__defaults__') + b')s'), b'b'),
-        '__setstate__',
-    ),
-    'attributes of a class': (
-        program(HISTORY, group(b'N', b'}' + unicode('mean') + b'K\x01s'), b'b'),
-        '__setstate__',
-    ),
-    'attributes of a history buffer': (
-        program(HISTORY, b')\x81}', unicode('__class__'), b'K\x01sb'),
-        'HistoryBuffer.__setstate__',
-    ),
-    'methods of a state dict': (
-        program(ORDERED, b'}', unicode('copy'), b'K\x01sb'),
-        'OrderedDict.__setstate__',
-    ),
-    'a call of what a call returned': (
-        program(call(call(GETATTR, HISTORY, unicode('min')))),
-        'a call of function',
-    ),
-    'a foreign attribute': (
-        program(call(GETATTR, ORDERED, unicode('__class__'))),
-        "builtins.getattr(OrderedDict, '__class__')",
-    ),
-    'a default factory': (
-        program(call(name('collections', 'defaultdict'), HISTORY)),
-        'collections.defaultdict',
-    ),
-    'flags of a dtype': (
-        program(FLOATS, group(*FLOAT_STATE, b'K\x01'), b'b'),
-        'numpy.dtype.__setstate__',
-    ),
-    'a record dtype': (
-        program(call(name('numpy', 'dtype'), unicode('V8'), b'\x89', b'\x88')),
-        "numpy.dtype('V8')",
-    ),
-    'an array of other type': (
-        program(call(name('numpy.core.multiarray', '_reconstruct'), HISTORY, b'K\x00\x85', b'N')),
-        'an array of type',
-    ),
-    'a tensor without a storage': (
-        program(call(REBUILD, b'N', b'K\x00', b')', b')', b'\x89', ORDERED)),
-        'a tensor over NoneType',
-    ),
-    'a persistent id of a class': (
-        program(group(unicode('module'), HISTORY, unicode('f'), unicode('s')), b'Q'),
-        'a persistent id',
-    ),
-    'append to another type': (program(ORDERED, b'K\x01a'), 'OrderedDict.extend'),
-    'items of another type': (program(HISTORY, b')\x81', b'K\x01K\x01s'), '__setitem__'),
-    'a name of Python 2': (program(name('commands', 'getoutput')), 'subprocess.getoutput'),
-    'a forged name': (program(name('torch.FloatStorage', 'load')), 'torch.FloatStorage.load'),
-}
-
-
-@pytest.mark.parametrize('kind', MISUSES)
-def test_admitted_names_do_only_what_they_are_for(kind: str, tmp_path: Path) -> None:
-    data, what = MISUSES[kind]
-    torch.save({}, tmp_path / 'misuse.pth')
-    write_pickle(tmp_path / 'misuse.pth', data)
-    rebuild = torch._utils._rebuild_tensor_v2
-    before = (rebuild.__defaults__, dict(vars(HistoryBuffer)))
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint_file(tmp_path / 'misuse.pth')
-    assert 'asks to run' in str(caught.value)
-    assert what in str(caught.value)
-    assert (rebuild.__defaults__, dict(vars(HistoryBuffer))) == before
-
-
-def test_backward_hooks_are_refused(tmp_path: Path) -> None:
-    torch.save({'a': torch.ones(2)}, tmp_path / 'hooks.pth')
-    data = read_pickle(tmp_path / 'hooks.pth')
-    hooks = data.index(b'ccollections\nOrderedDict\n')
-    write_pickle(tmp_path / 'hooks.pth', data[:hooks] + b'}K\x00K\x01s0' + data[hooks:])
-    assert load_checkpoint_file(tmp_path / 'hooks.pth')['a'].tolist() == [1, 1]  # popped: unused
-    end = data.index(b')R', hooks)
-    write_pickle(tmp_path / 'hooks.pth', data[:hooks] + b'}K\x00K\x01s' + data[end + 2 :])
-    with pytest.raises(CheckpointError, match='_backward_hooks'):
-        load_checkpoint_file(tmp_path / 'hooks.pth')
-
-
-def test_a_checkpoint_cannot_change_the_statistics_of_all_buffers(tmp_path: Path) -> None:
-    minimum = call(GETATTR, HISTORY, unicode('min'))
-    state = b'}' + unicode('statistics_methods') + b'}' + unicode('mean') + minimum + b'ss'
-    torch.save({}, tmp_path / 'a.pth')
-    write_pickle(tmp_path / 'a.pth', program(HISTORY, b')\x81', state, b'b'))
-    load_checkpoint_file(tmp_path / 'a.pth')
-    assert HistoryBuffer([1, 3], [1, 1]).statistics('mean') == 2
 
 
 # --- files that are no checkpoints ---------------------------------------------------------------

@@ -89,7 +89,7 @@ def calibrated_toy(**options: Any) -> nn.Module:
     init_default_scope('mmengine')
     torch.manual_seed(0)
     model = MODELS.build(
-        dict(type='slope_mm.SlopeModel', arch='ToyNet', recipe=tiny.TOY_RECIPE, **options)
+        dict(type='slope_mm.SlopeModel', arch='ToyNet', **{'recipe': tiny.TOY_RECIPE, **options})
     ).train()
     slope_mm.calibrate(model, [toy_batch(0, 8)])
     return model
@@ -219,8 +219,11 @@ def test_none_adds_nothing(detector: nn.Module, detector_config: Config, batch: 
         assert torch.allclose(got, task[name], rtol=1e-4, atol=1e-7), name
 
 
-def test_accumulated_batches_equal_the_big_batch(toy: nn.Module) -> None:
-    twin = calibrated_toy()
+@pytest.mark.parametrize('gradient', ['ste', 'sr_ste'])
+def test_accumulated_batches_equal_the_big_batch(gradient: str) -> None:
+    """For the loss, L_reg and SR-STE's decay, which is added in the backward pass."""
+    recipe = dict(tiny.TOY_RECIPE, gradient=gradient)
+    toy, twin = calibrated_toy(recipe=recipe), calibrated_toy(recipe=recipe)
     big = wrapper_of(twin)
     wanted = gradients_at_step(big, twin)
     twin.train_step(toy_batch(0, 8), big)
