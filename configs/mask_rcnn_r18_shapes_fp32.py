@@ -7,4 +7,4 @@ _base_ = [
     './_base_/schedules/slope_hooks.py',
     './_base_/runtime.py',
 ]
-load_from = 'work_dirs/mask_rcnn_r18_shapes_scratch/epoch_10.pth'
+load_from = 'work_dirs/mask_rcnn_r18_shapes_scratch/epoch_12.pth'

@@ -115,19 +115,21 @@ class FirstBatchCalibration:
     """A forward pre-hook: calibrates what no hook calibrated, on the first training batch.
 
     It runs inside DDP on every rank alike. A layer that the first batch did not reach (no
-    foreground) gets a few more chances, then calibrates itself on its own first input.
+    foreground) gets more chances: in each of the next iterations, then ever more rarely.
     """
 
-    def __init__(self, attempts: int = 10) -> None:
-        self.attempts = attempts
+    def __init__(self) -> None:
+        self.iteration = 0
+        self.done = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.attempts <= 0 or not is_training_forward(model, args, kwargs):
+        if self.done or not is_training_forward(model, args, kwargs):
             return
-        if not uncalibrated_layers(model):
-            self.attempts = 0
+        self.iteration += 1
+        self.done = not uncalibrated_layers(model)
+        # Every time up to 10, then at powers of two: a layer that never runs costs next to nothing.
+        if self.done or (self.iteration > 10 and self.iteration & (self.iteration - 1)):
             return
-        self.attempts -= 1
         # Heads may write into the data samples.
         args, kwargs = _copied_samples(args), _copied_samples(kwargs)
         with undisturbed(model), observing(model):

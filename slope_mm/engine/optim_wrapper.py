@@ -21,6 +21,23 @@ from slope_mm.layers import CompressedLayer
 STEP_LIMIT = 0.005
 
 
+MISSING = (
+    "optim_wrapper has no regularizer; write regularizer=dict(type='cosine', weight=…), or"
+    " dict(type='none') for the naive arm"
+)
+
+
+def check_step_limit(limit: float) -> float:
+    """Returns the limit if it is a share between 0 and 1.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if not 0 < float(limit) < 1:
+        raise ConfigError(f'optim_wrapper.step_limit={limit} is not a share between 0 and 1')
+    return float(limit)
+
+
 class RegularizedOptimWrapper(OptimWrapper):
     """Mixin of an optim wrapper that adds ``weight * L_reg`` to each loss.
 
@@ -38,10 +55,17 @@ class RegularizedOptimWrapper(OptimWrapper):
     last_regularization: Tensor | None = None
 
     def __init__(
-        self, *args: Any, regularizer: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        regularizer: Mapping[str, Any] | None = None,
+        step_limit: float = STEP_LIMIT,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if regularizer is None:
+            raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))
+        self.step_limit = check_step_limit(step_limit)
 
     def set_regularizer(self, regularizer: Regularizer) -> None:
         """Sets what is added to the loss; forgets the model that was seen last."""
@@ -172,16 +196,16 @@ class SlopeOptimWrapperConstructor:
     ) -> None:
         cfg = dict(optim_wrapper_cfg)
         if 'regularizer' not in cfg:
-            raise ConfigError(
-                'optim_wrapper has no regularizer; write regularizer='
-                "dict(type='cosine', weight=…), or dict(type='none') for the naive arm"
-            )
-        self.regularizer = Regularizer.parse(cfg.pop('regularizer'))
-        self.step_limit = float(cfg.pop('step_limit', STEP_LIMIT))
-        if not 0 < self.step_limit < 1:
-            raise ConfigError(
-                f'optim_wrapper.step_limit={self.step_limit} is not a share between 0 and 1'
-            )
+            raise ConfigError(MISSING)
+        given = cfg.pop('regularizer')
+        self.regularizer = Regularizer.parse(given)
+        self.step_limit = check_step_limit(cfg.pop('step_limit', STEP_LIMIT))
+        kind = cfg.get('type', 'OptimWrapper')
+        if isinstance(kind, str):
+            kind = OPTIM_WRAPPERS.get(kind)
+        if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
+            # Named beside the constructor: it asks for a regularizer itself.
+            cfg['regularizer'] = given
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(

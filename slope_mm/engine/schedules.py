@@ -14,7 +14,7 @@ def point_in_training(value: float | int | None, max_iters: int, what: str) -> i
         what: How an error calls it.
 
     Raises:
-        ConfigError: If it lies outside of training.
+        ConfigError: If it is neither. A number of iterations beyond the end is never reached.
     """
     if value is None:
         return None

@@ -82,6 +82,15 @@ def calibrated_step(samples: Tensor, signed: bool, bits: int) -> Tensor:
     return mse_init_step(samples, activation_codes(bits, signed), axis=None).reshape(1)
 
 
+def _one_of_several_processes() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 class QuantizedInput(nn.Module):
     """The part of a compressed layer that quantizes its input.
 
@@ -146,7 +155,8 @@ class QuantizedInput(nn.Module):
         """The input as the layer sees it.
 
         An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
-        evaluation it passes the input through.
+        evaluation, and where several processes train (each has another input), it passes the input
+        through.
         """
         # Activation checkpointing runs a training forward without gradients first.
         if self.training or torch.is_grad_enabled():
@@ -158,7 +168,7 @@ class QuantizedInput(nn.Module):
             self._observer.observe(x)
             return x
         if self._input_state() == UNCALIBRATED:
-            if not self.training or x.numel() == 0:
+            if not self.training or x.numel() == 0 or _one_of_several_processes():
                 return x
             observer = ActivationObserver()
             observer.observe(x)

@@ -41,14 +41,13 @@ _OWN_ATTRIBUTES = (
     '_placeholder',
     '_act_state',
     '_shared_weight',
-    '_shared_mask',
     '_sharing',
     '_observer',
     'runs',
     'loss_factor',
 )
 # What a copy starts without: the state of a running step or of a calibration.
-_TRANSIENT = {'_shared_weight': None, '_shared_mask': None, '_sharing': False, '_observer': None}
+_TRANSIENT = {'_shared_weight': None, '_sharing': False, '_observer': None}
 
 
 class CompressedLayer(QuantizedInput):
@@ -89,7 +88,6 @@ class CompressedLayer(QuantizedInput):
         self._placeholder: Tensor | None = None
         self._act_state = UNCALIBRATED
         self._shared_weight: Tensor | None = None
-        self._shared_mask: Tensor | None = None
         self._sharing = False
         self._observer: ActivationObserver | None = None
         # How often the layer ran for training since it was last reset.
@@ -214,19 +212,15 @@ class CompressedLayer(QuantizedInput):
                 decay=SR_STE_DECAY * self.loss_factor,
             )
         if self._sharing:
-            self._shared_weight, self._shared_mask = compressed, mask
+            self._shared_weight = compressed
         return compressed
 
     def regularized_weight(self) -> Tensor:
-        """The compressed weight with the exact gradient: none to W, LSQ's to the step.
+        """The compressed weight with its exact gradient: none to W, the codes' to the step.
 
         See :func:`~slope_mm.ops.constant_in_latent`; for losses that compare it with W.
         """
-        compressed = self.compressed_weight()
-        mask = self._shared_mask if self._shared_weight is not None else self.mask
-        return constant_in_latent(
-            compressed, self.weight, self.step, mask, self._codes, grad_scale=self._grad_scale
-        )
+        return constant_in_latent(self.compressed_weight(), self.step, grad_scale=self._grad_scale)
 
     @property
     def _grad_scale(self) -> float:
@@ -260,28 +254,28 @@ class CompressedLayer(QuantizedInput):
 
     def begin_sharing(self) -> None:
         """Opens a sharing scope; drops what an earlier one left."""
-        self._shared_weight, self._shared_mask, self._sharing = None, None, True
+        self._shared_weight, self._sharing = None, True
 
     def end_sharing(self) -> None:
         """Closes the sharing scope and lets go of the compressed weight and its graph."""
-        self._shared_weight, self._shared_mask, self._sharing = None, None, False
+        self._shared_weight, self._sharing = None, False
 
     # --- masks -------------------------------------------------------------------------------
 
     def hold_mask(self) -> None:
         """Fixes the mask to today's; from now on it is saved state."""
         self.slope_mask = self.live_mask()
-        self._shared_weight = self._shared_mask = None
+        self._shared_weight = None
 
     def release_mask(self) -> None:
         """Lets the mask follow W again."""
         self.slope_mask = None
-        self._shared_weight = self._shared_mask = None
+        self._shared_weight = None
 
     def set_pattern(self, pattern: Pattern | None) -> None:
         """Uses another pattern than the recipe's for a while (a ramp towards it)."""
         self._pattern_now = pattern
-        self._shared_weight = self._shared_mask = None
+        self._shared_weight = None
 
     # --- state -------------------------------------------------------------------------------
 
@@ -332,7 +326,7 @@ class CompressedLayer(QuantizedInput):
                 # Another network's activations: its range has to be found anew.
                 self._act_state = UNCALIBRATED
                 self.slope_act_signed.fill_(UNCALIBRATED)
-        self._shared_weight = self._shared_mask = None
+        self._shared_weight = None
 
     def _check_signature(self, saved: Tensor | None, prefix: str) -> None:
         if saved is None:

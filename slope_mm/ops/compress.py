@@ -74,24 +74,17 @@ class _MaskedQuantize(torch.autograd.Function):
 
 class _StepPath(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        compressed: Tensor,
-        w: Tensor,
-        step: Tensor,
-        mask: Tensor | None,
-        codes: Codes,
-        grad_scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(w, step, mask)
-        ctx.codes, ctx.grad_scale = codes, grad_scale
+    def forward(ctx: Any, compressed: Tensor, step: Tensor, grad_scale: float) -> Tensor:
+        ctx.save_for_backward(compressed, step)
+        ctx.grad_scale = grad_scale
         return compressed.view_as(compressed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        w, step, mask = ctx.saved_tensors
-        _, d_step = step_terms(w, positive(step), ctx.codes)
-        return None, None, _step_gradient(d_step, grads[0], mask, step, ctx.grad_scale), *[None] * 3
+        compressed, step = ctx.saved_tensors
+        # (code + offset) * step with the codes held fixed: the derivative is the value by the step.
+        level = compressed / positive(step)
+        return None, _step_gradient(level, grads[0], None, step, ctx.grad_scale), None
 
 
 def _step_gradient(
@@ -107,13 +100,7 @@ def _step_gradient(
 
 
 def constant_in_latent(
-    compressed: Tensor,
-    w: Tensor,
-    step: Tensor | None,
-    mask: Tensor | None,
-    codes: Codes | None,
-    *,
-    grad_scale: float = 1.0,
+    compressed: Tensor, step: Tensor | None, *, grad_scale: float = 1.0
 ) -> Tensor:
     """A compressed weight as what it is almost everywhere: constant in W, linear in the step.
 
@@ -122,19 +109,16 @@ def constant_in_latent(
     cosine falls (docs/method.md).
 
     Args:
-        compressed: What :func:`compress_weight` made of the other arguments.
-        w: Latent weight.
+        compressed: What :func:`compress_weight` made with ``step``.
         step: Steps; None without quantization.
-        mask: Bool, True where kept; None for dense.
-        codes: Code set; None without quantization.
         grad_scale: Scale of the step's gradient.
 
     Returns:
         The same values, differentiable in the step alone.
     """
-    if step is None or codes is None:
+    if step is None:
         return compressed.detach()
-    return _StepPath.apply(compressed.detach(), w.detach(), step, mask, codes, grad_scale)
+    return _StepPath.apply(compressed.detach(), step, grad_scale)
 
 
 def compress_weight(

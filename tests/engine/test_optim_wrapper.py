@@ -107,7 +107,7 @@ def kept_of_groups(weight: Tensor, axis: int, n: int, m: int) -> Tensor:
 
 
 class ByHand:
-    """A layer's L_reg term in plain float64 autograd: LSQ's formulas, written out."""
+    """A layer's L_reg term in plain float64 autograd: the formulas, written out."""
 
     def __init__(self, layer: Any, straight_through: bool) -> None:
         self.w = layer.weight.detach().double().requires_grad_()
@@ -124,7 +124,9 @@ class ByHand:
         scale = 1 / math.sqrt(kept / self.w.shape[axis] * high)
         step = self.step * scale + (self.step - self.step * scale).detach()
         v = (source / step).clamp(low, high)
-        self.compressed = (v + (v.round() - v).detach()) * step
+        # Exact means that codes are constants: of W, and of the step that scales them.
+        code = v + (v.round() - v).detach() if straight_through else v.round().detach()
+        self.compressed = code * step
         self.axis = axis
 
     def terms(self, kind: str, granularity: str) -> Tensor:
@@ -631,3 +633,17 @@ def test_activation_checkpointing_trains_alike(use_reentrant: bool) -> None:
     plain, recomputed = trained(False), trained(True)
     for name, value in plain.items():
         assert torch.equal(value, recomputed[name]), name
+
+
+def test_a_wrapper_that_is_named_directly_asks_for_its_regularizer(toy: nn.Module) -> None:
+    optimizer = torch.optim.SGD(toy.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match='has no regularizer'):
+        SlopeOptimWrapper(optimizer=optimizer)
+    named = dict(type='slope_mm.SlopeOptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    with pytest.raises(ConfigError, match='has no regularizer'):
+        build_optim_wrapper(toy, named)
+    wrapper = build_optim_wrapper(toy, dict(named, regularizer=dict(type='l2'), step_limit=0.1))
+    assert (wrapper.regularizer.type, wrapper.step_limit) == ('l2', 0.1)
+    both = dict(named, constructor='slope_mm.SlopeOptimWrapperConstructor')
+    wrapper = build_optim_wrapper(toy, dict(both, regularizer=dict(type='cosine', weight=2.0)))
+    assert wrapper.regularizer.weight == 2.0

@@ -20,6 +20,8 @@ import torch
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 
+from slope_mm.engine import launch
+
 MakeConfig = Callable[..., Config]
 
 
@@ -140,6 +142,14 @@ def test_nothing_is_written_or_overwritten(
     options = ['--cfg-options', 'model.recipe.weight.sparsity=4:2']
     assert_refused(*call('train', file, '--work-dir', work_dir, *options), ['4:2'])
     assert contents(work_dir) == before
+
+
+def test_the_checks_leave_the_config_as_it_is(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """Stock detectors write into the config that they are built from; the Runner dumps it."""
+    config = tiny_config(tmp_path / 'work')
+    before = config.pretty_text
+    launch.check_before_training(config)
+    assert config.pretty_text == before
 
 
 @pytest.mark.parametrize('tool', ['train', 'test'])

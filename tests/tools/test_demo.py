@@ -106,4 +106,4 @@ def test_all_arms_start_from_the_dense_model(demo: ModuleType, tmp_path: Path) -
     for arm in compressed:
         assert arm.start == fp32.checkpoint
         assert arm.options == ['--cfg-options', f'load_from={fp32.checkpoint}']
-    assert fp32.checkpoint.name == 'epoch_10.pth'
+    assert fp32.checkpoint.name == 'epoch_12.pth'
