@@ -203,9 +203,9 @@ def test_gradients_equal_a_plain_loop(
     for name, got in found.items():
         added = weight * extra[name] if name in extra else torch.zeros(())
         wanted = task[name].double() + added
-        # The cosine does not depend on the only step of a one-filter layer: in fp32 two terms of
-        # 0.1 times lambda cancel there to 1e-7 of themselves.
-        assert torch.allclose(got.double(), wanted, rtol=1e-3, atol=1e-5), name
+        # The cosine does not depend on the step of a layer with one filter (rpn_cls): in fp32 two
+        # terms of lambda / step cancel there, to 1.3e-5 instead of zero.
+        assert torch.allclose(got.double(), wanted, rtol=1e-3, atol=2e-5), name
         share = max(share, float(added.norm() / wanted.norm()))
     # Else a missing or doubled term would hide behind the task's gradient.
     assert share > 0.2
