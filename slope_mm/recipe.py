@@ -65,7 +65,6 @@ class Rule:
         gradient: Overriding gradient, or None.
         order: Overriding order, or None.
         compress: False leaves the layer alone.
-        builtin: Whether it is a default rule, which may match nothing.
         reason: What a default rule says in the report.
     """
 
@@ -75,7 +74,6 @@ class Rule:
     gradient: str | None = None
     order: str | None = None
     compress: bool = True
-    builtin: bool = False
     reason: str = ''
 
     def matches(self, names: Iterable[str], types: Iterable[str], channels: int | None) -> bool:
@@ -203,13 +201,13 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
     activation = {'bits': None if recipe.activation_bits is None else EDGE_BITS}
 
     def edge(match: str, reason: str) -> Rule:
-        return Rule(match, weight, activation, builtin=True, reason=reason)
+        return Rule(match, weight, activation, reason=reason)
 
     return (
         edge('in:3', 'stem'),
         edge('re:' + STEM, 'stem'),
         edge('re:' + PREDICTION, 'prediction layer'),
-        Rule('re:' + OFFSETS, compress=False, builtin=True, reason='sampling offsets'),
+        Rule('re:' + OFFSETS, compress=False, reason='sampling offsets'),
     )
 
 

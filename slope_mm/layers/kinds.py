@@ -6,8 +6,6 @@ its class name or the names of its direct bases, so ``Conv2d`` has to be one of 
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch.nn.functional as F
 from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
@@ -102,8 +100,6 @@ LAYER_KINDS: dict[type[nn.Module], type[CompressedLayer]] = {
     wrappers.ConvTranspose2d: SlopeMMCVConvTranspose2d,
 }
 STOCK_KINDS = {slope: stock for stock, slope in LAYER_KINDS.items()}
-
-ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
