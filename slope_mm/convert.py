@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slope_mm.errors import RecipeError, SlopeError, nearest
 from slope_mm.layers import LAYER_KINDS, STOCK_KINDS, CompressedLayer, LayerSpec
+from slope_mm.layers.reuse import WeightReuse
 from slope_mm.ops import activation_codes, positive
 from slope_mm.recipe import Recipe, Rule
 
@@ -169,6 +170,7 @@ def convert(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> nn.Module:
         if layer.spec is not None:
             layer.module.__class__ = LAYER_KINDS[type(layer.module)]
             layer.module.start_compression(layer.spec)  # type: ignore[operator]
+    WeightReuse.attach(model)
     return model
 
 
@@ -224,6 +226,7 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
         model = copy.deepcopy(model)
     for layer in compressed_layers(model).values():
         _bake_layer(layer, keep_activation=activations == 'fake_quant')
+    WeightReuse.detach(model)
     return model
 
 

@@ -15,6 +15,7 @@ from slope_mm.convert import compressed_layers
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.layers import CompressedLayer
+from slope_mm.ops import compiled_pass
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
 # them.
@@ -82,8 +83,9 @@ class RegularizedOptimWrapper(OptimWrapper):
             self._model = module
             self._layers = list(compressed_layers(module).values())
         factor = self._loss_factor()
+        sums = self.regularizer.gradient == 'exact' and self.regularizer.active
         for layer in self._layers:
-            layer.begin_sharing()
+            layer.begin_sharing(sums)
             layer.runs, layer.loss_factor = 0, factor
         module.slope_in_step = True
         try:
@@ -187,6 +189,8 @@ class SlopeOptimWrapperConstructor:
             Defaults to ``'DefaultOptimWrapperConstructor'``.
         step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
         step_limit: Largest relative change of a step in one update. Defaults to 0.005.
+        compile: Compress 3x3 convolutions' weights through ``torch.compile``: faster for large
+            models after some tens of seconds of compiling (docs/performance.md). Defaults to False.
 
     Steps get no weight decay: it would pull every level towards zero.
     """
@@ -206,6 +210,7 @@ class SlopeOptimWrapperConstructor:
         if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
             # Named beside the constructor: it asks for a regularizer itself.
             cfg['regularizer'] = given
+        compiled_pass.use_compiled(bool(cfg.pop('compile', False)))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(

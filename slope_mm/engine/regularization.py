@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slope_mm.convert import compressed_layers
 from slope_mm.errors import ConfigError, nearest
 from slope_mm.layers import CompressedLayer
-from slope_mm.ops import get_regularizer
+from slope_mm.ops import check_regularizer, power_sums, regularize
 
 KEYS = ('type', 'weight', 'granularity', 'gradient')
 # 'exact': the compressed weight is piecewise constant in W, so only W itself is differentiated.
@@ -32,7 +32,7 @@ def mean_over_layers(
 
     Args:
         layers: Compressed layers.
-        type: Name in ``slope_mm.ops.REGULARIZERS``.
+        type: Name in ``slope_mm.ops.regularizers.REGULARIZERS``.
         granularity: ``'layer'`` or ``'filter'``.
         gradient: ``'exact'`` or ``'ste'``.
         only_if_run: Leave out the terms of layers without a forward in this step (under DDP with
@@ -42,13 +42,13 @@ def mean_over_layers(
     Returns:
         fp32 scalar, or None if there is no term.
     """
-    regularizer = get_regularizer(type, granularity)
+    check_regularizer(type, granularity)
     if gradient not in GRADIENTS:
         raise ConfigError(
             f'regularizer gradient={gradient!r} is unknown; choose one of {list(GRADIENTS)}'
             f'{nearest(str(gradient), GRADIENTS)}'
         )
-    terms, items = [], 0
+    sums, items = [], 0
     for layer in layers:
         if not layer.weight.requires_grad or not layer.changes_weight:
             continue
@@ -56,13 +56,15 @@ def mean_over_layers(
         if only_if_run and not layer.runs:
             continue
         with torch.autocast(layer.weight.device.type, enabled=False):
-            exact = gradient == 'exact'
-            compressed = layer.regularized_weight() if exact else layer.compressed_weight()
-            values = regularizer(layer.weight, compressed, granularity, layer.output_axis)
-            terms.append(values.sum())
-    if not terms:
+            if gradient == 'exact':
+                sums.append(layer.weight_powers())
+            else:
+                compressed = layer.compressed_weight()
+                sums.append(power_sums(layer.weight, compressed, layer.output_axis))
+    if not sums:
         return None
-    return torch.stack(terms).sum() / items
+    with torch.autocast(sums[0].device.type, enabled=False):
+        return regularize(type, sums, granularity).sum() / items
 
 
 def regularization(
@@ -141,12 +143,16 @@ class Regularizer:
             )
         return made
 
+    @property
+    def active(self) -> bool:
+        """Whether it adds anything at present."""
+        return self.type != 'none' and self.weight * self.scale > 0
+
     def __call__(self, layers: Iterable[CompressedLayer]) -> Tensor | None:
         """``scale * weight * L_reg`` over the layers that ran in this step, or None if nothing."""
-        factor = self.weight * self.scale
-        if self.type == 'none' or factor == 0:
+        if not self.active:
             return None
         value = mean_over_layers(
             layers, self.type, self.granularity, self.gradient, only_if_run=True
         )
-        return None if value is None else value * factor
+        return None if value is None else value * (self.weight * self.scale)

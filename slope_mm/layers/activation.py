@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
+from slope_mm.ops.learned_step import QuantizeLSQ
 
 # Values kept per observed call and per layer: enough to place a clip range, small enough to hold
 # for every layer of a detector at once.
@@ -32,6 +36,45 @@ def quantize_activation(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     """
     features = x.numel() / max(x.shape[0], 1)
     return lsq_quantize(x, step, codes.qn, codes.qp, grad_scale(features, codes), codes.offset)
+
+
+class _Again(NamedTuple):
+    """Stands for a saved view of a quantized input until the backward pass asks for it."""
+
+    node: Any
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+def kept_as_recipe(quantized: Tensor) -> AbstractContextManager[Any]:
+    """Scope in which operators that keep a quantized input for their backward do not keep a copy.
+
+    It is quantized again when the backward pass needs it, from the values before quantization,
+    which the graph holds anyway (a ReLU keeps its result). Otherwise every quantized activation
+    would be in memory twice.
+
+    Args:
+        quantized: What :func:`quantize_activation` returned; anything else is left alone.
+    """
+    node = quantized.grad_fn
+    if type(node).__name__ != f'{QuantizeLSQ.__name__}Backward' or torch.compiler.is_compiling():
+        return nullcontext()
+    storage = quantized.untyped_storage().data_ptr()
+
+    def pack(tensor: Tensor) -> Tensor | _Again:
+        if tensor.untyped_storage().data_ptr() != storage or tensor.dtype != quantized_dtype:
+            return tensor
+        return _Again(node, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(kept: Tensor | _Again) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        values = QuantizeLSQ.again(kept.node)
+        return values.as_strided(kept.size, kept.stride, kept.offset)
+
+    quantized_dtype = quantized.dtype
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class ActivationObserver:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from slope_mm.layers.activation import (
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import (
     SR_STE_DECAY,
+    NMPattern,
     compress_weight,
-    constant_in_latent,
+    compress_with_powers,
     grad_scale,
     mse_init_step,
     positive,
@@ -40,14 +41,33 @@ _OWN_ATTRIBUTES = (
     '_step_ready',
     '_placeholder',
     '_act_state',
-    '_shared_weight',
+    '_shared',
     '_sharing',
+    '_sums',
     '_observer',
     'runs',
     'loss_factor',
 )
 # What a copy starts without: the state of a running step or of a calibration.
-_TRANSIENT = {'_shared_weight': None, '_sharing': False, '_observer': None}
+_TRANSIENT = {'_shared': None, '_sharing': False, '_observer': None}
+
+
+class SharedWeight(NamedTuple):
+    """A compressed weight, and what it may be used for."""
+
+    compressed: Tensor
+    powers: Tensor
+    sums: bool
+
+    def serves(self, wants_grad: bool, sums: bool) -> bool:
+        """Whether it has the graph and the sums that are asked for."""
+        return (self.compressed.requires_grad or not wants_grad) and (self.sums or not sums)
+
+    def outputs(self, wants_grad: bool) -> tuple[Tensor, Tensor]:
+        """Compressed weight and sums, with their graph or without."""
+        if wants_grad:
+            return self.compressed, self.powers
+        return self.compressed.detach(), self.powers.detach()
 
 
 class CompressedLayer(QuantizedInput):
@@ -87,8 +107,10 @@ class CompressedLayer(QuantizedInput):
         self._step_ready = False
         self._placeholder: Tensor | None = None
         self._act_state = UNCALIBRATED
-        self._shared_weight: Tensor | None = None
+        self._shared: SharedWeight | None = None
         self._sharing = False
+        # Recomputation in a backward pass has to repeat what the forward did: outlives a scope.
+        self._sums = True
         self._observer: ActivationObserver | None = None
         # How often the layer ran for training since it was last reset.
         self.runs = 0
@@ -194,33 +216,47 @@ class CompressedLayer(QuantizedInput):
             TensorError: If ``weight`` holds NaN or infinity (checked wherever that does not stall
                 a GPU).
         """
+        return self._compressed(sums=False)[0]
+
+    def weight_powers(self) -> Tensor:
+        """``w·w``, ``w·ŵ`` and ``ŵ·ŵ`` per output channel: all that the regularizers look at.
+
+        Differentiable in W and the step with the exact gradient: the compressed weight is constant
+        in W, and linear in the step.
+
+        Returns:
+            fp32 of shape ``[3, output channels]``.
+        """
+        return self._compressed(sums=True)[1]
+
+    def _compressed(self, sums: bool) -> tuple[Tensor, Tensor]:
         wants_grad = torch.is_grad_enabled() and self.weight.requires_grad
-        shared = self._shared_weight
-        if shared is not None and (shared.requires_grad or not wants_grad):
-            return shared if wants_grad else shared.detach()
-        mask = self.slope_mask
-        if mask is None:
-            mask = self.live_mask(check_finite=self.weight.device.type == 'cpu')
+        shared = self._shared if self._sharing else None
+        if shared is not None and shared.serves(wants_grad, sums):
+            return shared.outputs(wants_grad)
+        sums = sums or (self._sums and wants_grad)
+        pattern, mask = self._pattern_now, self.slope_mask
+        fused = isinstance(pattern, NMPattern) and self.slope_spec.order == 's_then_q'
+        finite = self.weight.device.type == 'cpu'
+        if mask is None and not fused:
+            mask = self.live_mask(check_finite=finite)
         with torch.autocast(self.weight.device.type, enabled=False):
-            compressed = compress_weight(
+            compressed, powers = compress_with_powers(
                 self.weight,
                 self.step,
-                mask,
                 self._codes,
+                pattern=pattern if fused and mask is None else None,  # type: ignore[arg-type]
+                mask=mask,
+                axes=(self.output_axis, self.input_axis),
                 grad_scale=self._grad_scale,
                 gradient=self.slope_spec.gradient,
                 decay=SR_STE_DECAY * self.loss_factor,
+                sums=sums,
+                check_finite=finite,
             )
         if self._sharing:
-            self._shared_weight = compressed
-        return compressed
-
-    def regularized_weight(self) -> Tensor:
-        """The compressed weight with its exact gradient: none to W, the codes' to the step.
-
-        See :func:`~slope_mm.ops.constant_in_latent`; for losses that compare it with W.
-        """
-        return constant_in_latent(self.compressed_weight(), self.step, grad_scale=self._grad_scale)
+            self._shared = SharedWeight(compressed, powers, sums)
+        return compressed, powers
 
     @property
     def _grad_scale(self) -> float:
@@ -252,30 +288,48 @@ class CompressedLayer(QuantizedInput):
         finally:
             self.end_sharing()
 
-    def begin_sharing(self) -> None:
-        """Opens a sharing scope; drops what an earlier one left."""
-        self._shared_weight, self._sharing = None, True
+    @property
+    def sharing(self) -> bool:
+        """Whether a sharing scope is open."""
+        return self._sharing
 
-    def end_sharing(self) -> None:
-        """Closes the sharing scope and lets go of the compressed weight and its graph."""
-        self._shared_weight, self._sharing = None, False
+    def begin_sharing(self, sums: bool = True, keep: bool = False) -> None:
+        """Opens a sharing scope.
+
+        Args:
+            sums: Whether :meth:`weight_powers` will be asked for in training.
+            keep: Go on with what an earlier scope kept; it has to be right still.
+        """
+        if not keep:
+            self._shared = None
+        self._sharing, self._sums = True, sums
+
+    def end_sharing(self, keep: bool = False) -> None:
+        """Closes the sharing scope and lets go of the compressed weight and its graph.
+
+        Args:
+            keep: Hold on to the weight for a scope that begins with ``keep``.
+        """
+        if not keep:
+            self._shared = None
+        self._sharing = False
 
     # --- masks -------------------------------------------------------------------------------
 
     def hold_mask(self) -> None:
         """Fixes the mask to today's; from now on it is saved state."""
         self.slope_mask = self.live_mask()
-        self._shared_weight = None
+        self._shared = None
 
     def release_mask(self) -> None:
         """Lets the mask follow W again."""
         self.slope_mask = None
-        self._shared_weight = None
+        self._shared = None
 
     def set_pattern(self, pattern: Pattern | None) -> None:
         """Uses another pattern than the recipe's for a while (a ramp towards it)."""
         self._pattern_now = pattern
-        self._shared_weight = None
+        self._shared = None
 
     # --- state -------------------------------------------------------------------------------
 
@@ -326,7 +380,7 @@ class CompressedLayer(QuantizedInput):
                 # Another network's activations: its range has to be found anew.
                 self._act_state = UNCALIBRATED
                 self.slope_act_signed.fill_(UNCALIBRATED)
-        self._shared_weight = None
+        self._shared = None
 
     def _check_signature(self, saved: Tensor | None, prefix: str) -> None:
         if saved is None:

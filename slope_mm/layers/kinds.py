@@ -11,6 +11,7 @@ from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 
 from slope_mm.errors import SlopeError
+from slope_mm.layers.activation import kept_as_recipe
 from slope_mm.layers.base import CompressedLayer
 
 
@@ -25,8 +26,9 @@ class CompressedConv(CompressedLayer):
                 ' efficient_conv_bn_eval scales weights before they could be compressed; remove'
                 ' efficient_conv_bn_eval from the config'
             )
-        x = self.quantized_input(input)
-        return super()._conv_forward(x, self.compressed_weight(), bias)  # type: ignore[misc]
+        x, w = self.quantized_input(input), self.compressed_weight()
+        with kept_as_recipe(x):
+            return super()._conv_forward(x, w, bias)  # type: ignore[misc]
 
 
 class CompressedLinear(CompressedLayer):
@@ -34,7 +36,9 @@ class CompressedLinear(CompressedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         layer: nn.Linear = self  # type: ignore[assignment]
-        return F.linear(self.quantized_input(input), self.compressed_weight(), layer.bias)
+        x, w = self.quantized_input(input), self.compressed_weight()
+        with kept_as_recipe(x):
+            return F.linear(x, w, layer.bias)
 
 
 class CompressedConvTranspose(CompressedLayer):
@@ -54,16 +58,18 @@ class CompressedConvTranspose(CompressedLayer):
             2,
             layer.dilation,  # type: ignore[arg-type]
         )
-        return F.conv_transpose2d(
-            self.quantized_input(input),
-            self.compressed_weight(),
-            layer.bias,
-            layer.stride,
-            layer.padding,  # type: ignore[arg-type]
-            output_padding,
-            layer.groups,
-            layer.dilation,
-        )
+        x, w = self.quantized_input(input), self.compressed_weight()
+        with kept_as_recipe(x):
+            return F.conv_transpose2d(
+                x,
+                w,
+                layer.bias,
+                layer.stride,
+                layer.padding,  # type: ignore[arg-type]
+                output_padding,
+                layer.groups,
+                layer.dilation,
+            )
 
 
 class SlopeConv2d(CompressedConv, nn.Conv2d):

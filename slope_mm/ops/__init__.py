@@ -1,6 +1,12 @@
 """The mathematics on tensors: sparsity, quantization, regularizers, metrics. Knows torch alone."""
 
-from slope_mm.ops.compress import GRADIENTS, SR_STE_DECAY, compress_weight, constant_in_latent
+from slope_mm.ops.compress import (
+    GRADIENTS,
+    SR_STE_DECAY,
+    compress_weight,
+    compress_with_powers,
+)
+from slope_mm.ops.learned_step import lsq_quantize
 from slope_mm.ops.metrics import clipped_share, cosine, flip_rate, sqnr_db, zero_share
 from slope_mm.ops.quantization import (
     CODE_SETS,
@@ -13,7 +19,6 @@ from slope_mm.ops.quantization import (
     from_codes,
     grad_scale,
     lsq_init_step,
-    lsq_quantize,
     mse_init_step,
     positive,
     step_shape,
@@ -23,8 +28,10 @@ from slope_mm.ops.quantization import (
 from slope_mm.ops.regularizers import (
     GRANULARITIES,
     REGULARIZERS,
+    check_regularizer,
     cosine_distance,
-    get_regularizer,
+    power_sums,
+    regularize,
     relative_l2,
 )
 from slope_mm.ops.sparsity import (
@@ -54,14 +61,14 @@ __all__ = [
     'UnstructuredPattern',
     'activation_codes',
     'check_bits',
+    'check_regularizer',
     'clipped_share',
     'compress_weight',
-    'constant_in_latent',
+    'compress_with_powers',
     'cosine',
     'cosine_distance',
     'flip_rate',
     'from_codes',
-    'get_regularizer',
     'grad_scale',
     'lsq_init_step',
     'lsq_quantize',
@@ -69,6 +76,8 @@ __all__ = [
     'nm_mask',
     'parse_pattern',
     'positive',
+    'power_sums',
+    'regularize',
     'relative_l2',
     'require_finite',
     'sqnr_db',

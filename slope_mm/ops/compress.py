@@ -2,19 +2,24 @@
 
     compressed = q(S(W; N, M); s, b)        (arXiv 2511.08360: sparsify first, quantize second)
 
-Forward and backward live in one autograd function that keeps W, the step and the mask alive and
-recomputes everything else.
+Forward and backward are one pass each (:mod:`slope_mm.ops.weight_pass`). W, the step and the
+compressed weight itself are kept for the backward; masks are found again.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from slope_mm.errors import RecipeError, nearest
-from slope_mm.ops.quantization import Codes, from_codes, positive, step_terms, to_codes
+from slope_mm.errors import RecipeError, TensorError, nearest
+from slope_mm.ops import compiled_pass
+from slope_mm.ops.quantization import Codes, positive
+from slope_mm.ops.sparsity import NMPattern, require_finite
+from slope_mm.ops.weight_pass import Groups, as_rows, backward_pass, forward_pass, from_rows
 
 # How the gradient of the compressed weight reaches W.
 GRADIENTS = {
@@ -26,7 +31,9 @@ GRADIENTS = {
 SR_STE_DECAY = 2e-4
 
 
-class _MaskedQuantize(torch.autograd.Function):
+class _Compress(torch.autograd.Function):
+    """``(w, step, mask) -> (compressed, powers)``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -34,91 +41,148 @@ class _MaskedQuantize(torch.autograd.Function):
         step: Tensor | None,
         mask: Tensor | None,
         codes: Codes | None,
+        groups: Groups | None,
+        axes: tuple[int, int],
         grad_scale: float,
         gradient: str,
         decay: float,
-    ) -> Tensor:
-        ctx.save_for_backward(w, step, mask)
-        ctx.codes, ctx.grad_scale, ctx.gradient, ctx.decay = codes, grad_scale, gradient, decay
-        if codes is None or step is None:
-            return w.clone() if mask is None else w * mask
-        s = positive(step)
-        compressed = from_codes(to_codes(w, s, codes), s, codes)
-        if mask is not None:
-            compressed.mul_(mask)
-        return compressed.to(w.dtype)
+        sums: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        latent = as_rows(w, *axes)
+        s = None if step is None else positive(step).reshape(-1, 1)
+        kept = None if mask is None else as_rows(mask, *axes)
+        dense = Groups(1, 1, 1)
+        ctx.compiled = compiled_pass.fits(
+            w, codes, mask, (groups or dense).m, (groups or dense).kernel, gradient
+        )
+        if ctx.compiled and codes is not None and s is not None:
+            rows, powers = compiled_pass.forward_pass(latent, s, codes, *(groups or dense))
+        else:
+            rows, powers = forward_pass(latent, s, codes, kept, groups, sums=sums)
+        compressed = from_rows(rows, tuple(w.shape), *axes)
+        ctx.save_for_backward(w, step, mask, compressed, powers)
+        ctx.how = codes, groups, axes, grad_scale, gradient, decay
+        if not sums:
+            ctx.mark_non_differentiable(powers)
+        return compressed, powers
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        w, step, mask = ctx.saved_tensors
-        passes: Tensor | None = None
-        grad_step = None
-        if ctx.codes is not None and step is not None:
-            passes, d_step = step_terms(w, positive(step), ctx.codes)
-            if ctx.needs_input_grad[1]:
-                grad_step = _step_gradient(d_step, grad, mask, step, ctx.grad_scale)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_step, None, None, None, None, None
-        if mask is not None:
-            if ctx.gradient == 'masked':
-                passes = mask if passes is None else passes & mask
-            elif passes is not None:
-                # The clip range belongs to q, which a pruned weight enters as zero: always inside.
-                passes = passes | mask.logical_not()
-        grad_w = grad if passes is None else grad * passes
-        if ctx.gradient == 'sr_ste' and mask is not None:
-            grad_w = grad_w + w * mask.logical_not() * ctx.decay
-        return grad_w, grad_step, None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, grad_powers = grads
+        w, step, mask, compressed, powers = ctx.saved_tensors
+        codes, groups, axes, grad_scale, gradient, decay = ctx.how
+        s = None if step is None else positive(step).reshape(-1, 1)
+        rows: Tensor | None
+        grad_step: Tensor | None
+        if ctx.compiled and grad is not None and codes is not None and s is not None:
+            rows, grad_step = compiled_pass.backward_pass(
+                as_rows(grad, *axes),
+                grad_powers,
+                as_rows(w, *axes),
+                s,
+                codes,
+                *(groups or Groups(1, 1, 1)),
+            )
+        else:
+            rows, grad_step = backward_pass(
+                None if grad is None else as_rows(grad, *axes),
+                grad_powers,
+                as_rows(w, *axes),
+                as_rows(compressed, *axes),
+                s,
+                codes,
+                None if mask is None else as_rows(mask, *axes),
+                groups,
+                gradient=gradient,
+                decay=decay,
+                wants_weight=ctx.needs_input_grad[0],
+                wants_step=ctx.needs_input_grad[1],
+            )
+        grad_w = None if rows is None else from_rows(rows, tuple(w.shape), *axes)
+        if grad_step is not None:
+            if grad_powers is not None:
+                # (code + offset) * step with the codes held fixed: the derivative of a product by
+                # the step is the product by the step.
+                exact = grad_powers[1] * powers[1] + 2 * grad_powers[2] * powers[2]
+                grad_step = grad_step + exact.unsqueeze(1) / s
+            if step.numel() == 1:
+                grad_step = grad_step.sum()
+            # positive() folds a negative step, and with it the derivative.
+            grad_step = grad_step.reshape(step.shape) * grad_scale
+            grad_step = (grad_step * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
+        return grad_w, grad_step, *[None] * 8
 
 
-class _StepPath(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, compressed: Tensor, step: Tensor, grad_scale: float) -> Tensor:
-        ctx.save_for_backward(compressed, step)
-        ctx.grad_scale = grad_scale
-        return compressed.view_as(compressed)
+def compress_with_powers(
+    w: Tensor,
+    step: Tensor | None = None,
+    codes: Codes | None = None,
+    *,
+    pattern: NMPattern | None = None,
+    mask: Tensor | None = None,
+    axes: tuple[int, int] = (0, 1),
+    grad_scale: float = 1.0,
+    gradient: str = 'ste',
+    decay: float = SR_STE_DECAY,
+    sums: bool = True,
+    check_finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Masks and quantizes a weight, and says how the result lies to it.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        compressed, step = ctx.saved_tensors
-        # (code + offset) * step with the codes held fixed: the derivative is the value by the step.
-        level = compressed / positive(step)
-        return None, _step_gradient(level, grads[0], None, step, ctx.grad_scale), None
-
-
-def _step_gradient(
-    d_step: Tensor, grad: Tensor, mask: Tensor | None, step: Tensor, grad_scale: float
-) -> Tensor:
-    """Sums a weight's step derivatives; consumes ``d_step``."""
-    d_step.mul_(grad)
-    if mask is not None:
-        d_step.mul_(mask)
-    summed = d_step.sum_to_size(step.shape).mul_(grad_scale)
-    # positive() folds a negative step, and with it the derivative.
-    return (summed * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
-
-
-def constant_in_latent(
-    compressed: Tensor, step: Tensor | None, *, grad_scale: float = 1.0
-) -> Tensor:
-    """A compressed weight as what it is almost everywhere: constant in W, linear in the step.
-
-    What a regularizer that compares W with its compressed form has to differentiate. The
-    straight-through estimator is no gradient of such a loss: it lets pruned weights grow, and the
-    cosine falls (docs/method.md).
+    The gradient of the compressed weight passes straight through to W. That of the sums is exact:
+    the compressed weight counts as what it is almost everywhere, constant in W and linear in the
+    step. (Sent straight through, a regularizer's gradient lets pruned weights grow, and the cosine
+    falls: docs/method.md.)
 
     Args:
-        compressed: What :func:`compress_weight` made with ``step``.
-        step: Steps; None without quantization.
+        w: Latent weight of any shape and floating dtype.
+        step: Steps of shape :func:`~slope_mm.ops.step_shape`; None without quantization.
+        codes: Code set; None without quantization.
+        pattern: N:M pattern of which the mask is computed here.
+        mask: Bool of ``w``'s shape, True where kept, in place of a pattern; None for dense.
+        axes: Output and input channel axis of ``w``.
         grad_scale: Scale of the step's gradient.
+        gradient: ``'ste'``, ``'sr_ste'`` or ``'masked'``.
+        decay: SR-STE's decay of pruned weights; the gradient to a pruned weight gains
+            ``decay * w``.
+        sums: Whether the sums are wanted.
+        check_finite: Refuse NaN and infinity (a synchronisation on a GPU).
 
     Returns:
-        The same values, differentiable in the step alone.
+        ``(compressed, powers)``: the compressed weight, of ``w``'s shape and dtype (the arithmetic
+        is fp32), exact zeros where masked; and ``[3, outputs]`` in fp32: ``w·w``, ``w·ŵ``, ``ŵ·ŵ``
+        per output channel (the last two are zero without ``sums``).
+
+    Raises:
+        RecipeError: If the gradient's name is unknown.
+        TensorError: If the steps do not fit, or ``w`` is not finite and ``check_finite``.
     """
-    if step is None:
-        return compressed.detach()
-    return _StepPath.apply(compressed.detach(), step, grad_scale)
+    if not isinstance(gradient, str) or gradient not in GRADIENTS:
+        raise RecipeError(
+            f'gradient={gradient!r} is unknown; choose one of {sorted(GRADIENTS)}'
+            f'{nearest(str(gradient), GRADIENTS)}'
+        )
+    if step is not None and step.numel() != 1 and step.numel() != w.shape[axes[0]]:
+        raise TensorError(
+            f'steps of shape {tuple(step.shape)} fit no weight of shape {tuple(w.shape)} with'
+            f' output channels on axis {axes[0]}; give one step, or one per output channel'
+        )
+    groups = None
+    if pattern is not None:
+        pattern.check(w, axes[1])
+        kernel = math.prod(size for i, size in enumerate(w.shape) if i not in axes)
+        groups = Groups(pattern.n, pattern.m, kernel)
+    if codes is None or step is None:
+        codes = step = None
+    compressed, powers = _Compress.apply(
+        w, step, mask, codes, groups, axes, grad_scale, gradient, decay, sums
+    )
+    if check_finite and not bool(torch.isfinite(powers[0].detach().sum())):
+        # Squares may overflow on finite weights.
+        require_finite(w)
+    return compressed, powers
 
 
 def compress_weight(
@@ -135,8 +199,8 @@ def compress_weight(
 
     Args:
         w: Latent weight of any shape and floating dtype.
-        step: Steps that broadcast to ``w`` (see :func:`~slope_mm.ops.step_shape`); None without
-            quantization.
+        step: One step, or one per index of a single axis of ``w`` (see
+            :func:`~slope_mm.ops.step_shape`); None without quantization.
         mask: Bool of ``w``'s shape, True where kept; None for dense.
         codes: Code set; None without quantization.
         grad_scale: Scale of the step's gradient.
@@ -151,9 +215,19 @@ def compress_weight(
     Raises:
         RecipeError: If the gradient's name is unknown.
     """
-    if not isinstance(gradient, str) or gradient not in GRADIENTS:
-        raise RecipeError(
-            f'gradient={gradient!r} is unknown; choose one of {sorted(GRADIENTS)}'
-            f'{nearest(str(gradient), GRADIENTS)}'
-        )
-    return _MaskedQuantize.apply(w, step, mask, codes, grad_scale, gradient, decay)
+    axis = 0
+    if step is not None and step.dim() == w.dim() and step.numel() > 1:
+        axis = max(range(step.dim()), key=lambda i: step.shape[i])
+    axes = (axis, 1 - axis if axis < 2 else 0)
+    compressed, _ = compress_with_powers(
+        w,
+        step,
+        codes,
+        mask=mask,
+        axes=axes,
+        grad_scale=grad_scale,
+        gradient=gradient,
+        decay=decay,
+        sums=False,
+    )
+    return compressed

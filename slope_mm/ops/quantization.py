@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,95 +132,6 @@ def from_codes(integer: Tensor, step: Tensor, codes: Codes) -> Tensor:
     if codes.offset:
         integer.add_(codes.offset)
     return integer.mul_(step)
-
-
-def step_terms(x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """LSQ's derivatives of the quantized value.
-
-    With ``v = x / step`` the published formula is ``round(v) - v`` inside the clip range, ``qn``
-    below and ``qp`` above it (shifted by the offset for the ``odd`` set).
-
-    Args:
-        x: Values of any shape.
-        step: Positive steps, broadcastable to ``x``.
-        codes: The code set.
-
-    Returns:
-        ``(inside, d_step)``: where the straight-through gradient passes (bool), and the derivative
-        by the step (fp32), both of ``x``'s shape.
-    """
-    scaled = _scaled(x, step, codes)
-    inside = (scaled > codes.qn) & (scaled < codes.qp)
-    d_step = scaled.round().clamp_(codes.qn, codes.qp)
-    # Outside, the level itself remains: qn or qp; inside, v is subtracted.
-    d_step.sub_(scaled.mul_(inside))
-    if codes.offset:
-        # level - v = (round(u) + o) - (u + o) inside, qp + o outside, with u = v - o.
-        d_step.add_(inside.logical_not() * codes.offset)
-    return inside, d_step
-
-
-class _LSQ(torch.autograd.Function):
-    """Quantize with a learned step.
-
-    The result is kept for the backward pass; whatever multiplies it keeps it alive anyway.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, codes: Codes, grad_scale: float) -> Tensor:
-        ctx.codes, ctx.grad_scale = codes, grad_scale
-        s = positive(step)
-        quantized = from_codes(to_codes(x, s, codes), s, codes).to(x.dtype)
-        ctx.save_for_backward(x, step, quantized)
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, step, quantized = ctx.saved_tensors
-        s, codes = positive(step), ctx.codes
-        low, high = s * (codes.qn + codes.offset), s * (codes.qp + codes.offset)
-        inside = (x > low) & (x < high)
-        grad_x = grad * inside
-        grad_step = None
-        if ctx.needs_input_grad[1]:
-            # step * d(quantized)/d(step) is quantized - x inside and quantized outside: the LSQ
-            # formula without rounding again.
-            # (Products, not torch.where: masked selection is ten times slower on a CPU.)
-            product = grad.to(s.dtype) * quantized
-            # An input that overflowed lies outside: 0 * inf has to count as 0.
-            product -= (grad_x.to(s.dtype) * x).nan_to_num_(nan=0.0)
-            summed = product.sum_to_size(step.shape).div_(s).mul_(ctx.grad_scale)
-            grad_step = (summed * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_step, None, None
-
-
-def lsq_quantize(
-    x: Tensor,
-    step: Tensor,
-    qn: int,
-    qp: int,
-    grad_scale: float = 1.0,
-    offset: float = 0.0,
-) -> Tensor:
-    """``round(clip(x / step, qn, qp)) * step``, differentiable in ``x`` and ``step`` (LSQ).
-
-    The gradient to ``x`` passes where ``qn < x / step < qp``; the gradient to the step is LSQ's,
-    times ``grad_scale``. The arithmetic is fp32 and the result has ``x``'s dtype.
-
-    Args:
-        x: Values of any shape and floating dtype.
-        step: Steps, broadcastable to ``x``; their magnitude counts.
-        qn: Smallest code.
-        qp: Largest code.
-        grad_scale: Scale of the step's gradient; LSQ takes ``1 / sqrt(numel * qp)``.
-        offset: 0.5 for the ``odd`` set.
-
-    Returns:
-        Tensor of ``x``'s shape and dtype.
-    """
-    bits = max(1, math.ceil(math.log2(qp - qn + 1)))
-    return _LSQ.apply(x, step, Codes(bits, qn, qp, offset), grad_scale)
 
 
 def step_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

@@ -1,12 +1,12 @@
 """Regularizers: how far the compressed weight is from its latent weight, as a loss.
 
-Each takes one layer's latent and compressed weight and returns one value per regularized item: a
-single one by layer, one per output filter by filter. The mean over all items of a model is L_reg.
+Each is a function of three sums over an item, ``w·w``, ``w·ŵ`` and ``ŵ·ŵ``: an item is a layer or
+an output filter. The mean over all items of a model is L_reg.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,22 +14,74 @@ from torch import Tensor
 from slope_mm.errors import RecipeError, nearest
 
 GRANULARITIES = ('layer', 'filter')
-_TINY = 1e-30
+_TINY = 1e-60
 
 
-def _rows(x: Tensor, granularity: str, output_axis: int) -> Tensor:
-    """fp32 view with one row per item."""
-    x = x.float()
+def power_sums(w: Tensor, compressed: Tensor, output_axis: int = 0) -> Tensor:
+    """``w·w``, ``w·ŵ`` and ``ŵ·ŵ`` per output filter, differentiable in both.
+
+    Args:
+        w: Latent weight.
+        compressed: Compressed weight of the same shape.
+        output_axis: The filter axis: 0, or 1 for transposed convolutions.
+
+    Returns:
+        fp32 of shape ``[3, filters]``.
+    """
+    a, b = (
+        x.float().movedim(output_axis, 0).reshape(x.shape[output_axis], -1) for x in (w, compressed)
+    )
+    return torch.stack([(a * a).sum(1), (a * b).sum(1), (b * b).sum(1)])
+
+
+def _cosine_distance(powers: Tensor) -> Tensor:
+    latent, product, compressed = powers
+    # The lower bound keeps sqrt's infinite slope at zero out of the gradient.
+    norms = latent.clamp_min(_TINY).sqrt() * compressed.clamp_min(_TINY).sqrt()
+    cosine = torch.where(compressed > 0, product / norms, torch.zeros_like(norms))
+    return torch.where(latent > 0, 1 - cosine, torch.zeros_like(cosine))
+
+
+def _relative_l2(powers: Tensor) -> Tensor:
+    latent, product, compressed = powers
+    ratio = (latent - 2 * product + compressed) / latent.clamp_min(_TINY)
+    return torch.where(latent > 0, ratio, torch.zeros_like(ratio))
+
+
+def _nothing(powers: Tensor) -> Tensor:
+    return torch.zeros_like(powers[0].detach())
+
+
+# The table to extend: a function of the sums ``[3, items]`` in fp64, one value per item.
+REGULARIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    'cosine': _cosine_distance,
+    'l2': _relative_l2,
+    'none': _nothing,
+}
+
+
+def regularize(name: str, powers: Sequence[Tensor], granularity: str = 'layer') -> Tensor:
+    """One value per regularized item of one or more layers.
+
+    Differences of nearly equal sums decide at 8 bits, so layers are added up and compared in fp64.
+
+    Args:
+        name: ``'cosine'``, ``'l2'`` or ``'none'``.
+        powers: For each layer what :func:`power_sums` or
+            :func:`~slope_mm.ops.compress_with_powers` says of it.
+        granularity: ``'layer'`` or ``'filter'``.
+
+    Returns:
+        fp32: one value a layer, or one an output filter, in the layers' order.
+
+    Raises:
+        RecipeError: If the name or the granularity is unknown.
+    """
+    check_regularizer(name, granularity)
+    precise = [layer.double() for layer in powers]
     if granularity == 'layer':
-        return x.reshape(1, -1)
-    return x.movedim(output_axis, 0).reshape(x.shape[output_axis], -1)
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    # A dot product needs no temporary of weight size, unlike (a * b).sum().
-    if a.shape[0] == 1:
-        return torch.dot(a[0], b[0]).reshape(1)
-    return torch.linalg.vecdot(a, b)
+        precise = [layer.sum(1, keepdim=True) for layer in precise]
+    return REGULARIZERS[name](torch.cat(precise, 1)).float()
 
 
 def cosine_distance(
@@ -50,14 +102,7 @@ def cosine_distance(
     Returns:
         fp32, one value per item.
     """
-    a = _rows(w, granularity, output_axis)
-    b = _rows(compressed, granularity, output_axis)
-    power_a, power_b = _row_dot(a, a), _row_dot(b, b)
-    # Each norm apart: their product leaves fp32's range long before they do. The lower bound keeps
-    # sqrt's infinite slope at zero out of the gradient.
-    norms = power_a.clamp_min(_TINY).sqrt() * power_b.clamp_min(_TINY).sqrt()
-    cosine = torch.where(power_b > 0, _row_dot(a, b) / norms, torch.zeros_like(norms))
-    return torch.where(power_a > 0, 1 - cosine, torch.zeros_like(cosine))
+    return regularize('cosine', [power_sums(w, compressed, output_axis)], granularity)
 
 
 def relative_l2(
@@ -68,31 +113,11 @@ def relative_l2(
     The relative form is this project's normalisation of the paper's L2 arm, so that one lambda
     means the same in every layer. Arguments and result as in :func:`cosine_distance`.
     """
-    a = _rows(w, granularity, output_axis)
-    difference = a - _rows(compressed, granularity, output_axis)
-    power = _row_dot(a, a)
-    ratio = _row_dot(difference, difference) / power.clamp_min(_TINY)
-    return torch.where(power > 0, ratio, torch.zeros_like(ratio))
+    return regularize('l2', [power_sums(w, compressed, output_axis)], granularity)
 
 
-def _nothing(
-    w: Tensor, compressed: Tensor, granularity: str = 'layer', output_axis: int = 0
-) -> Tensor:
-    """Zero per item, without a graph: the naive arm."""
-    items = 1 if granularity == 'layer' else w.shape[output_axis]
-    return torch.zeros(items, device=w.device)
-
-
-# The table to extend.
-REGULARIZERS: dict[str, Callable[[Tensor, Tensor, str, int], Tensor]] = {
-    'cosine': cosine_distance,
-    'l2': relative_l2,
-    'none': _nothing,
-}
-
-
-def get_regularizer(name: str, granularity: str = 'layer') -> Callable[..., Tensor]:
-    """Looks a regularizer up.
+def check_regularizer(name: str, granularity: str = 'layer') -> None:
+    """Refuses what is no regularizer.
 
     Raises:
         RecipeError: If the name or the granularity is unknown.
@@ -107,4 +132,3 @@ def get_regularizer(name: str, granularity: str = 'layer') -> Callable[..., Tens
             f'regularizer granularity={granularity!r} is unknown; choose one of'
             f' {list(GRANULARITIES)}{nearest(str(granularity), GRANULARITIES)}'
         )
-    return REGULARIZERS[name]

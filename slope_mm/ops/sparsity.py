@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slope_mm.errors import RecipeError, TensorError
+from slope_mm.ops.selection import Scratch, blocks, keep
 
 MAX_GROUP = 32
 
@@ -44,9 +45,7 @@ def require_finite(w: Tensor, name: str = 'weight') -> None:
 def nm_mask(w: Tensor, n: int, m: int, dim: int = 1, *, check_finite: bool = True) -> Tensor:
     """Keeps the ``n`` largest magnitudes of every ``m`` consecutive elements along ``dim``.
 
-    Exactly ``n`` of each group are kept: on a tie the lower index wins. No sorting: an element's
-    rank is the number of group members that beat it, counted by ``m - 1`` shifted comparisons of
-    the whole tensor.
+    Exactly ``n`` of each group are kept: on a tie the lower index wins.
 
     Args:
         w: Weight of any shape and floating dtype.
@@ -63,30 +62,18 @@ def nm_mask(w: Tensor, n: int, m: int, dim: int = 1, *, check_finite: bool = Tru
         RecipeError: If ``n`` and ``m`` are not a valid pattern.
         TensorError: If there is no such axis, it is not divisible by ``m``, or ``w`` is not finite.
     """
-    NMPattern(n, m)
-    if not -w.dim() <= dim < w.dim():
-        raise TensorError(
-            f'a weight of shape {tuple(w.shape)} has no axis {dim}; give the axis of its input'
-            ' channels'
-        )
+    NMPattern(n, m).check(w, dim)
     dim = dim % w.dim()
-    if w.shape[dim] % m:
-        raise TensorError(
-            f'axis {dim} of a weight of shape {tuple(w.shape)} is not divisible by {m}, so it holds'
-            f' no {n}:{m} groups; choose another pattern or leave this layer dense'
-        )
     w = w.detach()
     if check_finite:
         require_finite(w)
-    grouped = w.unflatten(dim, (w.shape[dim] // m, m)).movedim(dim + 1, 0)
-    # Group members first and contiguous: every comparison below is then one flat vector loop.
-    magnitude = grouped.contiguous().abs()
-    rank = torch.zeros(magnitude.shape, dtype=torch.uint8, device=w.device)
-    for shift in range(1, m):
-        lower_wins = magnitude[: m - shift] >= magnitude[shift:]
-        rank[shift:] += lower_wins
-        rank[: m - shift] += lower_wins.logical_not_()
-    return (rank < n).movedim(0, dim + 1).reshape(w.shape)
+    inner = math.prod(w.shape[dim + 1 :])
+    rows = w.reshape(-1, m * inner).contiguous()
+    mask = torch.empty(rows.shape, dtype=torch.bool, device=w.device)
+    scratch = Scratch(rows, torch.promote_types(w.dtype, torch.float32))
+    for block in blocks(rows):
+        mask[block] = keep(rows[block], n, m, inner, scratch)
+    return mask.view(w.shape)
 
 
 def unstructured_mask(w: Tensor, density: float, *, check_finite: bool = True) -> Tensor:
@@ -179,6 +166,24 @@ class NMPattern:
 
     def fits(self, channels: int) -> bool:
         return channels % self.m == 0
+
+    def check(self, w: Tensor, dim: int) -> None:
+        """Refuses a weight that holds no whole groups along an axis.
+
+        Raises:
+            TensorError: If there is no such axis, or it is not divisible by ``m``.
+        """
+        if not -w.dim() <= dim < w.dim():
+            raise TensorError(
+                f'a weight of shape {tuple(w.shape)} has no axis {dim}; give the axis of its input'
+                ' channels'
+            )
+        if w.shape[dim] % self.m:
+            raise TensorError(
+                f'axis {dim % w.dim()} of a weight of shape {tuple(w.shape)} is not divisible by'
+                f' {self.m}, so it holds no {self.name} groups; choose another pattern or leave'
+                ' this layer dense'
+            )
 
     def mask(self, w: Tensor, dim: int, *, check_finite: bool = True) -> Tensor:
         return nm_mask(w, self.n, self.m, dim, check_finite=check_finite)

@@ -291,13 +291,13 @@ def test_one_weight_for_all_pyramid_levels_and_gone_afterwards(
 ) -> None:
     names = {layer.weight.data_ptr(): n for n, layer in compressed_layers(detector).items()}
     computed: Counter[str] = Counter()
-    compress = base.compress_weight
+    compress = base.compress_with_powers
 
     def counting(w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         computed[names[w.data_ptr()]] += 1
         return compress(w, *args, **kwargs)
 
-    monkeypatch.setattr(base, 'compress_weight', counting)
+    monkeypatch.setattr(base, 'compress_with_powers', counting)
     conv, seen = detector.rpn_head.rpn_conv, []
     references = []
 
@@ -634,7 +634,8 @@ def test_activation_checkpointing_trains_alike(use_reentrant: bool) -> None:
 
     plain, recomputed = trained(False), trained(True)
     for name, value in plain.items():
-        assert torch.equal(value, recomputed[name]), name
+        # Summed in another order: the regularizer's part and the task's come apart.
+        torch.testing.assert_close(value, recomputed[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrapper_that_is_named_directly_asks_for_its_regularizer(toy: nn.Module) -> None:

@@ -27,13 +27,13 @@ def graph_nodes(tensor: Tensor, name: str) -> int:
 def test_a_scope_computes_the_weight_once() -> None:
     layer, x = compress(nn.Linear(8, 8)), torch.randn(2, 8)
     alone = layer(layer(layer(x)))
-    assert graph_nodes(alone, 'MaskedQuantize') == 3
+    assert graph_nodes(alone, 'CompressBackward') == 3
     alone.sum().backward()
     gradients = [layer.weight.grad, layer.slope_step.grad]
     layer.zero_grad()
     with layer.shared():
         together = layer(layer(layer(x)))
-    assert graph_nodes(together, 'MaskedQuantize') == 1
+    assert graph_nodes(together, 'CompressBackward') == 1
     assert torch.equal(together, alone)
     together.sum().backward()
     torch.testing.assert_close([layer.weight.grad, layer.slope_step.grad], gradients)
@@ -42,9 +42,12 @@ def test_a_scope_computes_the_weight_once() -> None:
 def test_the_regularizer_shares_the_scopes_weight() -> None:
     model, x = compress(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), torch.randn(2, 8)
     with shared_weights(model):
-        loss = model(x).sum() + slope_mm.regularization(model, gradient='ste')
-    assert graph_nodes(loss, 'MaskedQuantize') == 2
-    assert graph_nodes(model(x).sum() + slope_mm.regularization(model), 'MaskedQuantize') == 2
+        losses = [
+            model(x).sum() + slope_mm.regularization(model, gradient=gradient)
+            for gradient in ('exact', 'ste')
+        ]
+    alone = model(x).sum() + slope_mm.regularization(model)
+    assert [graph_nodes(loss, 'CompressBackward') for loss in (*losses, alone)] == [2, 2, 4]
 
 
 def test_after_a_scope_the_weight_is_computed_anew() -> None:

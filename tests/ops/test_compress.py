@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from slope_mm.errors import RecipeError
+from slope_mm.errors import RecipeError, TensorError
 from slope_mm.ops import (
     CODE_SETS,
     GRADIENTS,
     SR_STE_DECAY,
     Codes,
+    NMPattern,
     compress_weight,
-    constant_in_latent,
+    compress_with_powers,
     nm_mask,
+    power_sums,
+    selection,
     step_shape,
     weight_codes,
 )
@@ -317,11 +320,10 @@ def kept_alive(compressed: Tensor, saved: list[Tensor]) -> int:
 
 @pytest.mark.parametrize('gradient', GRADIENTS)
 @pytest.mark.parametrize('name', [None, *CODE_SETS])
-def test_backward_keeps_the_weight_the_step_and_the_mask_alone(
+def test_backward_keeps_what_the_layer_has_anyway_and_no_mask(
     gradient: str, name: str | None
 ) -> None:
     w = random_tensor((32, 64, 3, 3)).requires_grad_()
-    mask = nm_mask(w, 2, 4)
     codes = None if name is None else weight_codes(name, 4)
     step = None if codes is None else torch.full((32, 1, 1, 1), 0.1, requires_grad=True)
     saved: list[Tensor] = []
@@ -331,8 +333,11 @@ def test_backward_keeps_the_weight_the_step_and_the_mask_alone(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compressed = compress_weight(w, step, mask, codes, gradient=gradient)
-    allowed = w.nbytes + mask.nbytes + (0 if step is None else step.nbytes)
+        compressed, powers = compress_with_powers(
+            w, step, codes, pattern=NMPattern(2, 4), gradient=gradient
+        )
+    # The operator that multiplies with the compressed weight keeps it too.
+    allowed = w.nbytes + compressed.nbytes + powers.nbytes + (0 if step is None else step.nbytes)
     assert kept_alive(compressed, saved) <= allowed
 
 
@@ -345,34 +350,93 @@ def test_a_weight_that_changed_before_backward_is_noticed() -> None:
         loss.backward()
 
 
-# --- the compressed weight as a constant of the latent one ---------------------------------------
+# --- the sums beside the compressed weight -------------------------------------------------------
 
 
-@pytest.mark.parametrize('sparse', [True, False])
-@pytest.mark.parametrize('name', CODE_SETS)
-def test_the_exact_gradient_is_that_of_fixed_codes(name: str, sparse: bool) -> None:
-    codes, upstream = weight_codes(name, 3), random_tensor((6, 8), seed=2)
-    w = random_tensor((6, 8)).requires_grad_()
-    mask = nm_mask(w, 2, 4) if sparse else None
-    step = steps_for((6, 8), 0, codes).requires_grad_()
-    compressed = compress_weight(w, step, mask, codes)
-    exact = constant_in_latent(compressed, step, grad_scale=0.3)
-    assert torch.equal(exact, compressed)
-    exact.backward(upstream)
-    assert w.grad is None and step.grad is not None
-    # value = level * step, so that the derivative by the step is the level.
-    levels = np.zeros((6, 8))
-    for i, j in np.ndindex(6, 8):
-        if mask is None or mask[i, j]:
-            scaled = float(w[i, j]) / float(step[i, 0]) - codes.offset
-            levels[i, j] = min(max(round(scaled), codes.qn), codes.qp) + codes.offset
-    expected = 0.3 * (levels * upstream.numpy()).sum(1, keepdims=True)
-    np.testing.assert_allclose(step.grad.numpy(), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize('kind', WEIGHTS)
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('name', [*CODE_SETS, None])
+@pytest.mark.parametrize('pattern', [NMPattern(2, 4), None])
+def test_sums_and_their_exact_gradient_are_those_of_fixed_codes(
+    kind: str, per_channel: bool, name: str | None, pattern: NMPattern | None
+) -> None:
+    """Against plain autograd on ``(code + offset) * step`` with the codes held as constants."""
+    shape, input_axis, output_axis = WEIGHTS[kind]
+    codes = None if name is None else weight_codes(name, 3)
+    w = random_tensor(shape).requires_grad_()
+    step = None
+    if codes is not None:
+        step = steps_for(shape, output_axis if per_channel else None, codes).requires_grad_()
+    compressed, powers = compress_with_powers(
+        w, step, codes, pattern=pattern, axes=(output_axis, input_axis), grad_scale=0.3
+    )
+    mask = None if pattern is None else nm_mask(w, 2, 4, input_axis)
+    torch.testing.assert_close(compressed, compress_weight(w, step, mask, codes), rtol=0, atol=0)
+    expected = power_sums(w, compressed.detach(), output_axis)
+    torch.testing.assert_close(powers, expected, rtol=1e-5, atol=1e-6)
+
+    upstream = random_tensor(tuple(powers.shape), seed=4)
+    powers.backward(upstream)
+    latent = w.detach().double().requires_grad_()
+    if step is None:
+        constant, scale = compressed.detach().double(), None
+    else:
+        scale = step.detach().double().requires_grad_()
+        constant = (compressed.detach() / step.detach()).double() * scale
+    a, b = (x.movedim(output_axis, 0).flatten(1) for x in (latent, constant))
+    sums = torch.stack([(a * a).sum(1), (a * b).sum(1), (b * b).sum(1)])
+    sums.backward(upstream.double())
+    assert latent.grad is not None and w.grad is not None
+    torch.testing.assert_close(w.grad.double(), latent.grad, rtol=1e-5, atol=1e-5)
+    if scale is not None and step is not None:
+        assert scale.grad is not None and step.grad is not None
+        torch.testing.assert_close(step.grad.double(), 0.3 * scale.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_without_quantization_the_exact_gradient_is_none() -> None:
-    w = random_tensor((6, 8)).requires_grad_()
-    mask = nm_mask(w, 2, 4)
-    exact = constant_in_latent(compress_weight(w, mask=mask), None)
-    assert not exact.requires_grad
-    assert torch.equal(exact, w.detach() * mask)
+@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('name', [*CODE_SETS, None])
+@pytest.mark.parametrize('n, m', [(2, 4), (1, 4), (4, 8), (2, 16), (3, 6)])
+def test_masks_found_again_are_the_masks_of_the_forward(
+    n: int, m: int, name: str | None, gradient: str
+) -> None:
+    """Live N:M, in blocks, against a stored mask; both gradients at once."""
+    codes = None if name is None else weight_codes(name, 2)
+    results = []
+    for live in (True, False):
+        # More than one block of rows, with a shorter last one, ties and a row of zeros.
+        w = random_tensor((301, 48 * 3, 3, 3)).mul(20).round().div(20)
+        w[7] = 0
+        w.requires_grad_()
+        step = None if codes is None else steps_for(w.shape, 0, codes).requires_grad_()
+        mask = None if live else nm_mask(w, n, m)
+        pattern = NMPattern(n, m) if live else None
+        compressed, powers = compress_with_powers(
+            w, step, codes, pattern=pattern, mask=mask, gradient=gradient
+        )
+        both = (compressed * random_tensor(w.shape, 1)).sum() + (powers * 0.1).sum()
+        both.backward()
+        results.append((compressed, powers, w.grad, None if step is None else step.grad))
+    for live, stored in zip(*results, strict=True):
+        torch.testing.assert_close(live, stored, rtol=0, atol=0)
+
+
+def test_blocks_do_not_show_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = weight_codes('lsq', 4)
+    results = []
+    for size in (64, 10**9):
+        monkeypatch.setattr(selection, 'BLOCK', size)
+        w = random_tensor((40, 16, 3, 3)).requires_grad_()
+        step = steps_for(w.shape, 0, codes).requires_grad_()
+        compressed, powers = compress_with_powers(w, step, codes, pattern=NMPattern(2, 4))
+        ((compressed**2).sum() + powers.sum()).backward()
+        results.append((compressed, powers, w.grad, step.grad))
+    for small, whole in zip(*results, strict=True):
+        torch.testing.assert_close(small, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_steps_that_fit_no_axis_are_refused() -> None:
+    w, codes = torch.ones(4, 8), weight_codes('lsq', 4)
+    with pytest.raises(TensorError, match=r'steps of shape \(8, 1\)'):
+        compress_with_powers(w, torch.ones(8, 1), codes)
+    with pytest.raises(TensorError, match='not divisible by 16'):
+        compress_with_powers(w, torch.ones(4, 1), codes, pattern=NMPattern(2, 16))

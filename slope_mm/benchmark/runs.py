@@ -1,0 +1,162 @@
+"""The benchmarks by name: each takes the tool's settings and returns rows and notes."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.config import Config
+
+from slope_mm.benchmark import detectors
+from slope_mm.benchmark.interleave import Spread, interleave
+from slope_mm.benchmark.memory import peak_bytes
+from slope_mm.benchmark.weights import layer_arms
+from slope_mm.engine.launch import read_config
+
+Progress = Callable[[str], None]
+Result = tuple[list[dict[str, Any]], list[str]]
+
+
+def _read(path: str) -> Config:
+    if '::' in path:
+        from mmengine.hub import get_config
+
+        return get_config(path)
+    return read_config(path)
+
+
+def _steps(args: Namespace, config: Config) -> dict[str, detectors.TrainingStep]:
+    """Training steps of the arms; the models live in them."""
+    built = detectors.build_arms(config, args.arms, args.device)
+    first = next(iter(built.values()))[0]
+    batch = detectors.make_batch(first, tuple(args.size), args.batch, detectors.classes_of(config))
+    for _, made in built.values():
+        if args.compile and 'regularizer' in made.optim_wrapper:
+            made.optim_wrapper.compile = True
+    return {arm: detectors.TrainingStep(*pair, batch) for arm, pair in built.items()}
+
+
+def train(args: Namespace, progress: Progress) -> Result:
+    """Training steps in turn; the first arm is the baseline."""
+    steps = _steps(args, _read(args.config))
+    timings = interleave(steps, args.rounds, progress=progress)
+    return timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch), []
+
+
+def evaluate(args: Namespace, progress: Progress) -> Result:
+    """Evaluation steps in turn; the models are not baked."""
+    config = _read(args.config)
+    built = detectors.build_arms(config, args.arms, args.device)
+    first = next(iter(built.values()))[0]
+    batch = detectors.make_batch(first, tuple(args.size), args.batch, detectors.classes_of(config))
+    steps = {arm: detectors.evaluation_step(model, batch) for arm, (model, _) in built.items()}
+    timings = interleave(steps, args.rounds, progress=progress)
+    return timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch), []
+
+
+def layer(args: Namespace, progress: Progress) -> Result:
+    """One weight, forward and backward; ratios to 2:4, which has to do more than the peers."""
+    arms, skipped = layer_arms(args.device)
+    timings = interleave(arms, args.rounds)
+    rows = timings.rows('slope_mm 2:4', shape='512x512x3x3')
+    return rows, [f'skipped: {name}: {why}' for name, why in skipped.items()]
+
+
+def memory(args: Namespace, progress: Progress) -> Result:
+    """Peak bytes of a step: model, gradients, optimizer state and everything that comes and goes."""
+    config = _read(args.config)
+    rows: list[dict[str, Any]] = []
+    baseline = 0
+    for arm in args.arms:
+        # One model at a time: each arm starts from the same memory.
+        alone = Namespace(**{**vars(args), 'arms': [arm]})
+        built = detectors.build_arms(config, [arm], args.device)
+        weights = detectors.parameter_bytes(built[arm][0])
+        del built
+        (step,) = _steps(alone, config).values()
+        peak = step.standing_bytes() + peak_bytes(step)
+        baseline = baseline or peak
+        rows.append(
+            dict(
+                config=args.config,
+                size=_size(args),
+                batch=args.batch,
+                arm=arm,
+                peak_mb=peak / 1e6,
+                ratio=peak / baseline,
+                more_in_weights=(peak - baseline) / weights,
+            )
+        )
+        progress(f'{arm}: {peak / 1e6:.0f} MB')
+        del step
+        gc.collect()
+    return rows, ['more_in_weights: bytes above the baseline, in units of the weights (fp32)']
+
+
+def scale(args: Namespace, progress: Progress) -> Result:
+    """The train benchmark at three depths and three image sizes."""
+    rows: list[dict[str, Any]] = []
+    height, width = args.size
+    points = [(depth, (height, width)) for depth in (18, 50, 101)]
+    points += [(50, (int(height * f), int(width * f))) for f in (0.5, 2.0)]
+    for depth, size in points:
+        config = _read(args.config)
+        if config.model.backbone.type != 'ResNet':
+            raise SystemExit('scale varies the depth of a ResNet; give such a config')
+        config.model.backbone.depth = depth
+        if depth == 18:
+            config.model.neck.in_channels = [64, 128, 256, 512]
+        here = Namespace(**{**vars(args), 'size': size})
+        steps = _steps(here, config)
+        timings = interleave(steps, args.rounds)
+        rows += timings.rows(args.arms[0], depth=f'R{depth}', size=_size(here), batch=args.batch)
+        progress(f'R{depth} {_size(here)} done')
+        del steps
+        gc.collect()
+    return rows, []
+
+
+_IMPORT = 'import mmdet.models, mmdet.apis, time; a = time.perf_counter(); import slope_mm, sys;'
+
+
+def setup(args: Namespace, progress: Progress) -> Result:
+    """Seconds of ``import slope_mm`` after mmdet (in new processes), and of a conversion."""
+    from slope_mm.convert import convert
+
+    imports = []
+    for _ in range(args.rounds):
+        command = [sys.executable, '-c', _IMPORT + ' print(time.perf_counter() - a)']
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        imports.append(float(ran.stdout.split()[-1]))
+        progress(f'import {imports[-1]:.3f} s')
+    conversions = []
+    config = _read(args.config)
+    for _ in range(args.rounds):
+        model = detectors.build_arms(config, ['stock'])['stock'][0]
+        start = time.perf_counter()
+        convert(model, detectors.ARMS['W4A4'] or {})
+        conversions.append(time.perf_counter() - start)
+    rows = []
+    for what, values in (('import slope_mm', imports), (f'convert {args.config}', conversions)):
+        spread = Spread.of(values)
+        rows.append(dict(what=what, s=spread.median, s_low=spread.low, s_high=spread.high))
+    return rows, []
+
+
+def _size(args: Namespace) -> str:
+    return 'x'.join(str(side) for side in args.size)
+
+
+BENCHMARKS: dict[str, Callable[[Namespace, Progress], Result]] = {
+    'train': train,
+    'eval': evaluate,
+    'layer': layer,
+    'memory': memory,
+    'scale': scale,
+    'setup': setup,
+}

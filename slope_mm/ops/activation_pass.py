@@ -1,0 +1,109 @@
+"""Quantizing with a single step, in one pass each way over tensors of any size.
+
+On a CPU the values are taken in blocks that stay in a core's cache. The backward pass needs the
+values before quantization alone: rounding again is cheaper than keeping what it gave.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slope_mm.ops.quantization import Codes, positive
+from slope_mm.ops.selection import BLOCK
+
+# Finite in fp32: times a gradient of zero it stays zero, which infinity does not.
+_LARGEST = 3e38
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor's values in memory order, whatever order its axes have."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _dense(x: Tensor) -> Tensor:
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if x.is_contiguous() or channels_last else x.contiguous()
+
+
+def _block(x: Tensor) -> int:
+    return BLOCK * torch.get_num_threads() if x.device.type == 'cpu' else max(1, x.numel())
+
+
+def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+    """``(clip(round(x / step - offset), qn, qp) + offset) * step`` with one step.
+
+    Args:
+        x: Values of any shape and floating dtype.
+        step: The step, one element; its magnitude counts.
+        codes: The code set.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype; the arithmetic is fp32 or better.
+    """
+    x, s = _dense(x), positive(step).reshape(1)
+    result = torch.empty_like(x)
+    values, target = _flat(x), _flat(result)
+    size = _block(x)
+    precision = torch.promote_types(x.dtype, s.dtype)
+    scratch = torch.empty(min(size, x.numel()), dtype=precision, device=x.device)
+    for start in range(0, x.numel(), size):
+        block = values[start : start + size]
+        level = torch.div(block, s, out=scratch[: block.numel()])
+        _round(level, codes)
+        if target.dtype == precision:
+            torch.mul(level, s, out=target[start : start + size])
+        else:
+            target[start : start + size] = level.mul_(s)
+    return result
+
+
+def _round(scaled: Tensor, codes: Codes) -> Tensor:
+    """Rounds ``x / step`` to levels, in place."""
+    if codes.offset:
+        scaled.sub_(codes.offset)
+    scaled.round_().clamp_(codes.qn, codes.qp)
+    if codes.offset:
+        scaled.add_(codes.offset)
+    return scaled
+
+
+def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """LSQ's gradients (arXiv 1902.08153).
+
+    Args:
+        grad: Gradient of the quantized values.
+        x: The values before.
+        step: The step, one element.
+        codes: The code set.
+
+    Returns:
+        ``(grad_x, grad_step)``: ``grad`` where the clip range was not left, zero elsewhere, like
+        ``x``; and the step's, an fp64 scalar, before LSQ's scale.
+    """
+    x, s = _dense(x), positive(step).reshape(1)
+    result = torch.empty_like(x)
+    if grad.stride() != result.stride():
+        # In the order of x in memory.
+        grad = torch.empty_like(result, dtype=grad.dtype).copy_(grad)
+    values, upstream, target = _flat(x), _flat(grad), _flat(result)
+    size = _block(x)
+    precision = torch.promote_types(x.dtype, s.dtype)
+    low, high = codes.qn + codes.offset, codes.qp + codes.offset
+    room = torch.empty(2, min(size, x.numel()), dtype=precision, device=x.device)
+    hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start in range(0, x.numel(), size):
+        block = values[start : start + size]
+        scaled, level = room[0, : block.numel()], room[1, : block.numel()]
+        torch.div(block, s, out=scaled)
+        arriving = upstream[start : start + size].to(precision)
+        passed = target[start : start + size]
+        if passed.dtype == precision:
+            hardtanh_backward(arriving, scaled, low, high, grad_input=passed)
+        else:
+            passed.copy_(torch.ops.aten.hardtanh_backward(arriving, scaled, low, high))
+        _round(level.copy_(scaled), codes)
+        inside = torch.dot(passed.to(precision), scaled.clamp_(-_LARGEST, _LARGEST))
+        total += torch.dot(arriving, level) - inside
+    return result, total

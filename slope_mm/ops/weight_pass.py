@@ -1,0 +1,204 @@
+"""W to its compressed form and back, in one pass each.
+
+A weight is read as rows: one output channel a row, its input channels and kernel positions along
+it. On a CPU a pass takes a block of rows at a time that stays in the core's cache, so main memory
+sees W once on the way in and the result once on the way out, and no temporary is larger than a
+block. On other devices the block is the whole weight.
+
+Forward, per row: ``ŵ`` and the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ``, from which cosine, SQNR and the
+regularizers follow without another look at W. Backward, per row: the gradient of W and the step's,
+those of the sums included. Masks are not stored: they are found again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slope_mm.ops.quantization import Codes
+from slope_mm.ops.selection import Scratch, blocks, keep
+
+
+class Groups(NamedTuple):
+    """N:M groups along a row: ``n`` kept of ``m`` input channels, ``kernel`` positions apart."""
+
+    n: int
+    m: int
+    kernel: int
+
+
+def as_rows(x: Tensor, output_axis: int, input_axis: int) -> Tensor:
+    """A contiguous ``[outputs, inputs * kernel]`` view or copy of a weight-shaped tensor."""
+    if x.dim() > 1 and (output_axis, input_axis) != (0, 1):
+        x = x.movedim((output_axis, input_axis), (0, 1))
+    return x.reshape(x.shape[0], -1).contiguous()
+
+
+def from_rows(rows: Tensor, shape: tuple[int, ...], output_axis: int, input_axis: int) -> Tensor:
+    """The inverse of :func:`as_rows`, contiguous."""
+    if len(shape) < 2 or (output_axis, input_axis) == (0, 1):
+        return rows.view(shape)
+    rest = [size for i, size in enumerate(shape) if i not in (output_axis, input_axis)]
+    moved = rows.view(shape[output_axis], shape[input_axis], *rest)
+    return moved.movedim((0, 1), (output_axis, input_axis)).contiguous()
+
+
+def _kept(
+    block: slice, rows: Tensor, mask: Tensor | None, groups: Groups | None, scratch: Scratch
+) -> Tensor | None:
+    """1 where kept, 0 where pruned; None for dense."""
+    if mask is not None:
+        return scratch('kept', rows).copy_(mask[block])
+    if groups is None:
+        return None
+    return keep(rows, groups.n, groups.m, groups.kernel, scratch)
+
+
+def _row_products(a: Tensor, b: Tensor, scratch: Scratch) -> Tensor:
+    return torch.mul(a, b, out=scratch('marked', a)).sum(1)
+
+
+def forward_pass(
+    w: Tensor,
+    step: Tensor | None,
+    codes: Codes | None,
+    mask: Tensor | None,
+    groups: Groups | None,
+    *,
+    sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """Masks and quantizes rows.
+
+    Args:
+        w: ``[rows, length]``, floating.
+        step: Positive steps ``[rows, 1]`` or ``[1, 1]``, fp32; None without quantization.
+        codes: The code set; None without quantization.
+        mask: Bool like ``w``, True where kept; None where ``groups`` decide, or for dense.
+        groups: N:M groups to keep the largest of.
+        sums: Whether all three sums are wanted; otherwise ``w·w`` alone is right.
+
+    Returns:
+        ``(compressed, sums)``: like ``w``; and ``[3, rows]`` in fp32 or better: ``w·w``, ``w·ŵ``,
+        ``ŵ·ŵ``.
+    """
+    precision = torch.promote_types(w.dtype, torch.float32)
+    compressed = torch.empty_like(w)
+    powers = torch.zeros(3, w.shape[0], dtype=precision, device=w.device)
+    scratch = Scratch(w, precision)
+    for block in blocks(w):
+        rows, target = w[block].to(precision), compressed[block]
+        kept = _kept(block, rows, mask, groups, scratch)
+        level = rows
+        if codes is not None and step is not None:
+            s = step if step.shape[0] == 1 else step[block]
+            level = torch.div(rows, s, out=scratch('members', rows))
+            if codes.offset:
+                level.sub_(codes.offset)
+            level.round_().clamp_(codes.qn, codes.qp)
+            if codes.offset:
+                level.add_(codes.offset)
+            level.mul_(s)
+        if kept is None:
+            target.copy_(level)
+        elif target.dtype == precision:
+            torch.mul(level, kept, out=target)
+        else:
+            target.copy_(torch.mul(level, kept, out=scratch('members', rows)))
+        powers[0, block] = torch.linalg.vector_norm(rows, dim=1).square_()
+        if sums:
+            # What a low-precision weight was rounded to is what counts.
+            level = target.to(precision)
+            powers[1, block] = _row_products(rows, level, scratch)
+            powers[2, block] = torch.linalg.vector_norm(level, dim=1).square_()
+    return compressed, powers
+
+
+def backward_pass(
+    grad: Tensor | None,
+    grad_powers: Tensor | None,
+    w: Tensor,
+    compressed: Tensor,
+    step: Tensor | None,
+    codes: Codes | None,
+    mask: Tensor | None,
+    groups: Groups | None,
+    *,
+    gradient: str,
+    decay: float,
+    wants_weight: bool,
+    wants_step: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows: straight through for the task, exact for the sums.
+
+    The task's gradient passes where a weight is pruned or inside the clip range. With the passed
+    gradient g' LSQ's step gradient is ``(g·ŵ - g'·w) / s`` over the kept weights, per row.
+
+    Args:
+        grad: Gradient of the compressed rows.
+        grad_powers: Gradient of the sums, ``[3, rows]``.
+        w: As in the forward pass.
+        compressed: Its result.
+        step: As in the forward pass.
+        codes: As in the forward pass.
+        mask: As in the forward pass.
+        groups: As in the forward pass.
+        gradient: Name in :data:`~slope_mm.ops.GRADIENTS`.
+        decay: SR-STE's.
+        wants_weight: Whether the gradient of W is wanted.
+        wants_step: Whether the step's is.
+
+    Returns:
+        ``(grad_w, grad_step)``: like ``w``; and ``[rows, 1]`` in fp32 or better, one value a row
+        also where the rows share a step.
+    """
+    precision = torch.promote_types(w.dtype, torch.float32)
+    quantized = codes is not None and step is not None
+    grad_w = torch.empty_like(w) if wants_weight else None
+    grad_step = None
+    if quantized and wants_step:
+        grad_step = torch.zeros(w.shape[0], 1, dtype=precision, device=w.device)
+    scratch = Scratch(w, precision)
+    for block in blocks(w):
+        rows, level = w[block].to(precision), compressed[block].to(precision)
+        total = None
+        if grad is not None:
+            total = grad[block].to(precision)
+            kept = _kept(block, rows, mask, groups, scratch)
+            if codes is not None and step is not None:
+                s = step if step.shape[0] == 1 else step[block]
+                scaled = torch.div(rows, s, out=scratch('members', rows))
+                if kept is not None:
+                    # The clip range belongs to q, which a pruned weight enters as zero: inside.
+                    scaled.mul_(kept)
+                passed = _pass_inside(total, scaled, codes, out=scratch('passed', rows))
+                if grad_step is not None:
+                    whole = _row_products(total, level, scratch).unsqueeze(1).div_(s)
+                    inside = _row_products(passed, scaled, scratch).unsqueeze(1)
+                    grad_step[block] = whole.sub_(inside)
+                total = passed
+            if kept is not None and gradient == 'masked':
+                total = torch.mul(total, kept, out=scratch('passed', rows))
+            if kept is not None and gradient == 'sr_ste':
+                pruned = torch.sub(1, kept, out=kept).mul_(rows)
+                total = torch.add(total, pruned, alpha=decay, out=scratch('passed', rows))
+        if grad_w is None:
+            continue
+        if grad_powers is not None:
+            by_row = grad_powers[:, block].unsqueeze(2).to(precision)
+            exact = torch.mul(level, by_row[1], out=scratch('marked', rows))
+            if total is not None:
+                exact.add_(total)
+            total = exact.addcmul_(rows, by_row[0], value=2)
+        if total is None:
+            grad_w[block] = 0
+        else:
+            grad_w[block] = total
+    return grad_w, grad_step
+
+
+def _pass_inside(grad: Tensor, scaled: Tensor, codes: Codes, out: Tensor) -> Tensor:
+    """``grad`` where ``qn < scaled - offset < qp``, zero elsewhere: one vector loop."""
+    low, high = codes.qn + codes.offset, codes.qp + codes.offset
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, scaled, low, high, grad_input=out)

@@ -1,0 +1,57 @@
+"""Time and memory of compressed training beside stock training, interleaved in one run.
+
+train   a whole training step of a detector: stock, W4, W4A4
+eval    an evaluation step of an unfrozen model
+layer   one 512x512x3x3 weight through mask, quantizer and regularizer, beside other toolkits
+memory  peak bytes of a training step
+scale   how the cost grows with parameters (R18, R50, R101) and with pixels
+setup   import of slope_mm on top of mmdet, and conversion of the model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from slope_mm.benchmark import runs
+from slope_mm.benchmark.report import machine, save, table
+from slope_mm.engine import launch
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('benchmark', choices=list(runs.BENCHMARKS))
+    parser.add_argument(
+        '--config',
+        default='configs/mask_rcnn_r50_fp32.py',
+        help='config of a stock detector (also mmdet::...); the arms compress it themselves',
+    )
+    parser.add_argument('--arms', nargs='+', default=['stock', 'W4', 'W4A4'])
+    parser.add_argument('--size', nargs=2, type=int, default=[320, 320], metavar=('H', 'W'))
+    parser.add_argument('--batch', type=int, default=2, help='images in a batch')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--threads', type=int, default=1, help='for torch, equal for all arms')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--compile', action='store_true', help='optim_wrapper.compile=True')
+    parser.add_argument('--out', help='json file; default work_dirs/benchmark/BENCHMARK.json')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    rows, notes = runs.BENCHMARKS[args.benchmark](args, lambda line: print(line, file=sys.stderr))
+    print('\n'.join(f'{key}: {value}' for key, value in machine().items()))
+    print(table(rows))
+    for note in notes:
+        print(note)
+    out = args.out or f'work_dirs/benchmark/{args.benchmark}.json'
+    print(f'saved to {save(out, args.benchmark, rows, command=sys.argv[1:], notes=notes)}')
+
+
+if __name__ == '__main__':
+    launch.run_tool(main)
