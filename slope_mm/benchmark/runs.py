@@ -68,7 +68,7 @@ def layer(args: Namespace, progress: Progress) -> Result:
 
 
 def memory(args: Namespace, progress: Progress) -> Result:
-    """Peak bytes of a step: model, gradients, optimizer state and everything that comes and goes."""
+    """Peak bytes of a step: model, gradients, optimizer state, and what comes and goes."""
     config = _read(args.config)
     rows: list[dict[str, Any]] = []
     baseline = 0
