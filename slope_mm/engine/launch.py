@@ -288,11 +288,15 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     check_fit(model, state, complete=complete)
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
     """Loads a checkpoint that has to fit completely, for evaluation.
+
+    Returns:
+        The checkpoint's ``meta``.
 
     Raises:
         CheckpointError: If it does not.
     """
     check_checkpoint(model, path, complete=True)
-    load_checkpoint(model, path, map_location='cpu')
+    checkpoint = load_checkpoint(model, path, map_location='cpu')
+    return dict(checkpoint.get('meta') or {})
