@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping
@@ -84,7 +85,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     _check_types(config['model'], os.fspath(path))
     init_default_scope(str(config.get('default_scope', 'mmdet')))
     try:
-        built = MODELS.build(dict(config['model']))
+        # Stock detectors write into the config that they are built from.
+        built = MODELS.build(Config(copy.deepcopy(config)).model)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise PackedFileError(

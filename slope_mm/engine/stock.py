@@ -85,6 +85,8 @@ def evaluate(config: Config, checkpoint: str, stock: bool = False) -> dict[str, 
         use_stock_model(config)
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir, config.load_from, config.resume = folder, checkpoint, False
-        # mmengine keeps runs by name.
+        # mmengine keeps runs and visualizers by name.
         config.experiment_name = Path(folder).name
+        if config.get('visualizer'):
+            config.visualizer.update(name=config.experiment_name, vis_backends=None)
         return launch.build_runner(config).test()
