@@ -1,4 +1,4 @@
-"""A compressed weight to bytes and back: index, then codes.
+"""A compressed weight to bytes and back: steps, index, codes.
 
 Weights are visited with the input axis last: a convolution's ``[O, I, R, S]`` as ``[O, R, S, I]``, a transposed
 convolution's ``[I, O, R, S]`` as ``[O, R, S, I]``, a matrix as it is. In that order every M neighbours are a
@@ -15,8 +15,9 @@ coding                  index                                        codes (``co
                                                                      symbols
 ======================  ===========================================  =================================
 
-A weight that is not quantized has the kept values, little-endian in its dtype, in place of codes.
-Dense weights have no index. A table is one u32 a symbol, in units of 2^-24.
+The steps come first, one for each output channel or a single one, little-endian in their dtype. A
+weight that is not quantized has no steps, and the kept values, little-endian in its dtype, in
+place of codes. Dense weights have no index. A table is one u32 a symbol, in units of 2^-24.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def from_group_order(flat: NDArray, layout: WeightLayout) -> NDArray:
 
 
 def encode_weight(
-    layout: WeightLayout, values: NDArray, mask: Mask | None
+    layout: WeightLayout, values: NDArray, mask: Mask | None, step: NDArray | None = None
 ) -> tuple[WeightLayout, NDArray[np.uint8]]:
     """Encodes a weight as its layout says.
 
@@ -71,6 +72,7 @@ def encode_weight(
             1/8 bit a symbol becomes enumerative.
         values: Codes (int8) or, without bits, raw values; of the weight's shape.
         mask: True where kept, of the weight's shape; None where dense.
+        step: Its steps, in their dtype (bfloat16 as its bits); None without bits.
 
     Returns:
         The layout as written, and the bytes.
@@ -84,8 +86,9 @@ def encode_weight(
     if layout.coding == 'entropy':
         thin = kept is not None and layout.numel > MOST_SYMBOLS_A_BYTE * len(index)
         if thin or (layout.bits and layout.kept > MOST_SYMBOLS_A_BYTE * len(codes)):
-            return encode_weight(replace(layout, coding='enumerative'), values, mask)
-    payload = np.frombuffer(index + codes, np.uint8)
+            return encode_weight(replace(layout, coding='enumerative'), values, mask, step)
+    steps = b'' if step is None else to_dtype(step, layout.step_dtype).tobytes()
+    payload = np.frombuffer(steps + index + codes, np.uint8)
     return replace(layout, index_bytes=len(index)), payload
 
 
@@ -143,7 +146,8 @@ def decode_weight(layout: WeightLayout, payload: NDArray[np.uint8]) -> tuple[NDA
     Raises:
         PackedFileError: If the bytes are no index or no codes of such a weight.
     """
-    index, codes = payload[: layout.index_bytes], payload[layout.index_bytes :]
+    packed = payload[layout.step_bytes :]
+    index, codes = packed[: layout.index_bytes], packed[layout.index_bytes :]
     kept = _decode_index(layout, index) if layout.sparse else None
     values = _decode_codes(layout, codes)
     if kept is None:
@@ -153,6 +157,14 @@ def decode_weight(layout: WeightLayout, payload: NDArray[np.uint8]) -> tuple[NDA
     flat = np.zeros(layout.numel, values.dtype)
     flat[kept] = values
     return from_group_order(flat, layout), from_group_order(kept, layout)
+
+
+def decode_step(layout: WeightLayout, payload: NDArray[np.uint8]) -> NDArray | None:
+    """The steps in their dtype (bfloat16 as float32), or None where the weight is not quantized."""
+    if layout.bits is None:
+        return None
+    steps = payload[: layout.step_bytes].view(NUMPY_DTYPES[layout.step_dtype])
+    return as_float32(steps, layout.step_dtype).reshape(layout.step_shape)
 
 
 def _decode_index(layout: WeightLayout, index: NDArray[np.uint8]) -> Mask:
@@ -216,7 +228,7 @@ def weight_values(
         layout: Its layout.
         values: From :func:`decode_weight`.
         mask: From :func:`decode_weight`.
-        step: Steps that broadcast to the weight; None where it is not quantized.
+        step: From :func:`decode_step`.
 
     Returns:
         Array of the weight's shape; bfloat16 as the same values in float32.

@@ -43,6 +43,7 @@ class WeightLayout:
         shape: Shape of the weight.
         dtype: Its safetensors dtype (F32, F16, BF16, F64).
         axis: Axis of the input channels, along which groups run.
+        output_axis: Axis of the output channels, along which steps run.
         pattern: The recipe's spelling (``2:4``, ``unstructured:0.5``), or None for dense.
         n: Kept in every group; 0 where the kept weights form no N:M groups.
         m: Group size; 0 where they form none.
@@ -52,9 +53,10 @@ class WeightLayout:
         qn: Smallest code.
         qp: Largest code.
         offset: A weight is ``(code + offset) * step``.
-        step: ``channel`` or ``tensor``.
+        step: One step for each ``channel``, or one for the ``tensor``.
+        step_dtype: Their safetensors dtype (F32, F16, BF16).
         coding: ``bitmask``, ``enumerative`` or ``entropy``.
-        index_bytes: Length of the index; the codes follow.
+        index_bytes: Length of the index, which stands between steps and codes.
         input: Activation quantizer, or None.
         gradient: As in the recipe.
         order: As in the recipe.
@@ -65,6 +67,7 @@ class WeightLayout:
     shape: tuple[int, ...]
     axis: int
     kept: int
+    output_axis: int = 0
     coding: str = 'enumerative'
     dtype: str = 'F32'
     pattern: str | None = None
@@ -76,6 +79,7 @@ class WeightLayout:
     qp: int = 0
     offset: float = 0.0
     step: str = 'channel'
+    step_dtype: str = 'F32'
     index_bytes: int = 0
     input: InputQuantizer | None = None
     gradient: str = 'ste'
@@ -92,6 +96,19 @@ class WeightLayout:
     def sparse(self) -> bool:
         """Whether an index is stored."""
         return self.kept < self.numel
+
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """Shape of the steps, which broadcasts to the weight's."""
+        axis = self.output_axis if self.step == 'channel' else None
+        return tuple(size if i == axis else 1 for i, size in enumerate(self.shape))
+
+    @property
+    def step_bytes(self) -> int:
+        """Length of the steps."""
+        if self.bits is None:
+            return 0
+        return math.prod(self.step_shape) * FLOAT_BYTES[self.step_dtype]
 
     def fixed_index_bytes(self) -> int | None:
         """Length of the index; None where the coding does not fix it."""
@@ -159,7 +176,9 @@ class WeightLayout:
         _require(self.coding in CODINGS, f'its coding {self.coding!r} is unknown')
         _require(self.dtype in FLOAT_BYTES, f'its dtype {self.dtype!r} is unknown')
         _require(self.step in ('channel', 'tensor'), f'its step {self.step!r} is unknown')
-        _require(0 <= self.axis < len(self.shape), f'its axis {self.axis} is none of {self.shape}')
+        _require(self.step_dtype in FLOAT_BYTES, f'its step_dtype {self.step_dtype!r} is unknown')
+        for axis in (self.axis, self.output_axis):
+            _require(0 <= axis < len(self.shape), f'its axis {axis} is none of {self.shape}')
         _require(0 <= self.kept <= self.numel, f'it keeps {self.kept} of {self.numel} weights')
         grouped = 1 <= self.n < self.m <= MAX_GROUP and self.shape[self.axis] % self.m == 0
         fits = grouped and self.kept == self.numel // self.m * self.n
@@ -178,8 +197,12 @@ class WeightLayout:
             _require(abs(self.offset) <= 1, f'its offset is {self.offset!r}')
 
     def _check_lengths(self, payload_bytes: int) -> None:
-        _require(0 <= self.index_bytes <= payload_bytes, f'its index has {self.index_bytes} bytes')
-        code_bytes = payload_bytes - self.index_bytes
+        code_bytes = payload_bytes - self.step_bytes - self.index_bytes
+        _require(
+            self.index_bytes >= 0 and code_bytes >= 0,
+            f'{payload_bytes} bytes cannot hold {self.step_bytes} of steps and {self.index_bytes}'
+            ' of index',
+        )
         for what, count, given, wanted in (
             ('index', self.numel, self.index_bytes, self.fixed_index_bytes()),
             ('codes', self.kept, code_bytes, self.fixed_code_bytes()),
@@ -195,6 +218,7 @@ class WeightLayout:
 
 _KINDS: dict[str, Any] = {
     'axis': int,
+    'output_axis': int,
     'kept': int,
     'coding': str,
     'dtype': str,
@@ -207,6 +231,7 @@ _KINDS: dict[str, Any] = {
     'qp': int,
     'offset': (int, float),
     'step': str,
+    'step_dtype': str,
     'index_bytes': int,
     'gradient': str,
     'order': str,

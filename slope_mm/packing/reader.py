@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slope_mm.errors import PackedFileError
-from slope_mm.packing.codec import decode_weight, weight_values
+from slope_mm.packing.codec import decode_step, decode_weight, weight_values
 from slope_mm.packing.container import Container, StoredTensor, parse_container, read_container
 from slope_mm.packing.dtypes import NUMPY_DTYPES, as_float32
-from slope_mm.packing.layout import WeightLayout
+from slope_mm.packing.layout import FLOAT_BYTES, WeightLayout
 
 # A constant costs the file nothing, whatever its shape.
 LARGEST_CONSTANT = 2**31
@@ -28,14 +28,17 @@ class PackedLayer:
     Attributes:
         name: Qualified name.
         layout: What the header says of its weight.
-        payload: Index and codes.
-        step: Steps that broadcast to the weight; None where it is not quantized.
+        payload: Steps, index and codes.
     """
 
     name: str
     layout: WeightLayout
     payload: NDArray[np.uint8]
-    step: NDArray | None
+
+    @property
+    def step(self) -> NDArray | None:
+        """Steps that broadcast to the weight; None where it is not quantized."""
+        return decode_step(self.layout, self.payload)
 
     def decode(self) -> tuple[NDArray, NDArray[np.bool_] | None]:
         """Codes (int8, 0 where masked; or values where it is not quantized) and mask.
@@ -70,7 +73,8 @@ class PackedFile:
         tensors = dict(container.tensors)
         entries = _section(self.header, 'layers')
         self.layers = {name: _layer(name, entry, tensors) for name, entry in entries.items()}
-        self.plain = {key: _plain(key, tensor) for key, tensor in tensors.items()}
+        narrowed = _section(self.header, 'narrowed')
+        self.plain = {key: _plain(key, t, narrowed.get(key)) for key, t in tensors.items()}
         for key, entry in _section(self.header, 'constants').items():
             if key in self.plain or key.removesuffix('.weight') in self.layers:
                 raise PackedFileError(f"the header tells of tensor '{key}' twice")
@@ -165,24 +169,16 @@ def _layer(name: str, entry: Any, tensors: dict[str, StoredTensor]) -> PackedLay
         layout = WeightLayout.from_json(entry, stored.data.size)
     except PackedFileError as error:
         raise _about(name, error) from None
-    if layout.bits is None:
-        return PackedLayer(name, layout, stored.data, None)
-    steps = tensors.pop(f'{name}.slope_step', None)
-    # A step of a tensor has one dimension, those of channels as many as the weight.
-    fits = steps is not None and (
-        steps.shape == (1,)
-        or len(steps.shape) == len(layout.shape)
-        and all(a in (1, b) for a, b in zip(steps.shape, layout.shape, strict=True))
-    )
-    if steps is None or not fits or steps.dtype not in ('F32', 'F16', 'BF16'):
-        raise PackedFileError(
-            f"tensor '{name}.slope_step' is missing, or its shape does not fit {layout.shape}"
-        )
-    return PackedLayer(name, layout, stored.data, _plain(f'{name}.slope_step', steps))
+    return PackedLayer(name, layout, stored.data)
 
 
-def _plain(key: str, tensor: StoredTensor) -> NDArray:
-    return as_float32(tensor.array(), tensor.dtype)
+def _plain(key: str, tensor: StoredTensor, dtype: Any) -> NDArray:
+    array = as_float32(tensor.array(), tensor.dtype)
+    if dtype is None:
+        return array
+    if not isinstance(dtype, str) or dtype not in FLOAT_BYTES or tensor.dtype != 'I8':
+        raise PackedFileError(f"tensor '{key}' cannot stand for one of dtype {dtype!r:.80}")
+    return array.astype(NUMPY_DTYPES['F32' if dtype == 'BF16' else dtype])
 
 
 def _constant(key: str, entry: Any) -> NDArray:

@@ -33,6 +33,8 @@ from slope_mm.version import __version__
 
 #: Besides the codings of the format: per layer the smaller of ``entropy`` and ``enumerative``.
 SMALLEST = 'smallest'
+#: What the header tells of itself, and ``meta`` cannot.
+RESERVED = {'version', 'writer', 'recipe', 'layers', 'constants', 'narrowed', 'aliases', 'crc32'}
 HALF_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 DTYPE_NAMES = {
     torch.float64: 'F64',
@@ -114,25 +116,27 @@ def pack(
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     for name, layer in layers.items():
-        layout, payload, step = _encode_layer(layer, coding, half)
+        layout, tensors[f'{name}.weight'] = _encode_layer(layer, coding, half)
         entries[name] = layout.to_json()
-        tensors[f'{name}.weight'] = payload
-        if step is not None:
-            tensors[f'{name}.slope_step'] = step
     constants: dict[str, Any] = {}
+    narrowed: dict[str, str] = {}
     plain, aliases = _plain_tensors(model, layers)
     for key, tensor in plain.items():
         constant = _constant(tensor)
-        if constant is None:
-            tensors[key] = _halved(tensor, half)
-        else:
+        if constant is not None:
             constants[key] = constant
+        elif _is_narrow(tensor):
+            narrowed[key] = DTYPE_NAMES[tensor.dtype]
+            tensors[key] = tensor.to(torch.int8)
+        else:
+            tensors[key] = _halved(tensor, half)
     header = {
         'version': VERSION,
         'writer': f'slope_mm {__version__}',
         **_described(model, meta),
         'layers': entries,
         'constants': constants,
+        'narrowed': narrowed,
         'aliases': aliases,
     }
     return _serialise(header, tensors)
@@ -147,7 +151,7 @@ def _described(model: nn.Module, meta: Mapping[str, Any] | None) -> dict[str, An
     if getattr(model, 'dataset_meta', None) is not None:
         told['dataset_meta'] = model.dataset_meta
     given = dict(meta or {})
-    reserved = given.keys() & {'version', 'writer', 'recipe', 'layers', 'constants', 'aliases'}
+    reserved = given.keys() & RESERVED
     if reserved:
         raise PackedFileError(
             f"meta has the key '{min(reserved)}', which the header itself uses; rename it"
@@ -168,7 +172,7 @@ def _serialise(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
 
 def _encode_layer(
     layer: CompressedLayer, coding: str, half: torch.dtype | None
-) -> tuple[WeightLayout, Tensor, Tensor | None]:
+) -> tuple[WeightLayout, Tensor]:
     spec, weight, mask = layer.slope_spec, layer.weight, layer.mask
     codes = spec.weight_codes
     step = None
@@ -176,6 +180,7 @@ def _encode_layer(
     layout = WeightLayout(
         shape=tuple(weight.shape),
         axis=layer.input_axis,
+        output_axis=layer.output_axis,
         kept=kept,
         coding=CODINGS[1] if coding == SMALLEST else coding,
         dtype=DTYPE_NAMES[weight.dtype],
@@ -198,6 +203,7 @@ def _encode_layer(
             qn=codes.qn,
             qp=codes.qp,
             offset=codes.offset,
+            step_dtype=DTYPE_NAMES[step.dtype],
         )
     else:
         values = _halved(weight.detach(), half)
@@ -205,18 +211,24 @@ def _encode_layer(
     kept_here = None if mask is None or not layout.sparse else mask.cpu().numpy()
     if kept_here is not None and isinstance(spec.pattern, NMPattern):
         layout = _in_groups(layout, spec.pattern, kept_here)
-    found, payload = _smallest(layout, _numpy(values), kept_here, coding)
-    return found, torch.frombuffer(bytearray(payload), dtype=torch.uint8), step
+    steps = None if step is None else _numpy(step).reshape(-1)
+    found, payload = _smallest(layout, _numpy(values), kept_here, steps, coding)
+    return found, torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
 
 def _smallest(
-    layout: WeightLayout, values: NDArray, mask: NDArray[np.bool_] | None, coding: str
+    layout: WeightLayout,
+    values: NDArray,
+    mask: NDArray[np.bool_] | None,
+    steps: NDArray | None,
+    coding: str,
 ) -> tuple[WeightLayout, NDArray[np.uint8]]:
     if coding == SMALLEST:
-        found, payload = encode_weight(replace(layout, coding='entropy'), values, mask)
-        if payload.size < (layout.fixed_index_bytes() or 0) + (layout.fixed_code_bytes() or 0):
+        found, payload = encode_weight(replace(layout, coding='entropy'), values, mask, steps)
+        fixed = (layout.fixed_index_bytes() or 0) + (layout.fixed_code_bytes() or 0)
+        if payload.size < layout.step_bytes + fixed:
             return found, payload
-    return encode_weight(layout, values, mask)
+    return encode_weight(layout, values, mask, steps)
 
 
 def _in_groups(
@@ -283,6 +295,13 @@ def _constant(tensor: Tensor) -> list[Any] | None:
     if (flat.is_floating_point() and not bool(torch.isfinite(flat[0]))) or np.any(raw != raw[0]):
         return None
     return [DTYPE_NAMES[tensor.dtype], list(tensor.shape), flat[0].item()]
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    """Whether a float tensor holds small integers alone, as the signs that folding leaves."""
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        return False
+    return torch.equal(tensor.clamp(-128, 127).to(torch.int8).to(tensor.dtype), tensor)
 
 
 def _halved(tensor: Tensor, half: torch.dtype | None, is_step: bool = False) -> Tensor:
