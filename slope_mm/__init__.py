@@ -1,8 +1,8 @@
 """SLOPE for stock OpenMMLab detection: N:M sparse, 2 to 4 bit, trained with a cosine regularizer.
 
 Importing the package registers its plug-ins with mmengine and makes checkpoint loading safe. Where
-torch or an mm* package is missing or unusable, packed files can be read all the same (``read_packed``),
-and everything else says what is missing when it is asked for.
+torch or an mm* package is missing or unusable, packed files can be read all the same
+(``read_packed``), and everything else says what is missing when it is asked for.
 """
 
 from typing import Any

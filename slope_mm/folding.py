@@ -1,15 +1,17 @@
 """Folds batch norms into the compressed layers before them, with the codes as they were.
 
-In evaluation ``y = gamma (W x + c - mean) / sigma + beta`` with ``sigma = sqrt(var + eps)``. The factor
-``gamma / sigma`` of an output channel belongs to its step, whose sign to the codes: where the code set is
-closed under negation (``symmetric``, ``odd``) they are negated, elsewhere the norm keeps a weight of -1. What
-remains of the norm is its bias; the layer's own bias moves into it. The norm itself stays in the
-model, as a neutral one, so that the state dict keeps the stock model's keys.
+In evaluation ``y = gamma (W x + c - mean) / sigma + beta`` with ``sigma = sqrt(var + eps)``. The
+factor ``gamma / sigma`` of an output channel belongs to its step, whose sign to the codes: where
+the code set is closed under negation (``symmetric``, ``odd``) they are negated, elsewhere the norm
+keeps a weight of -1. What remains of the norm is its bias; the layer's own bias moves into it. The
+norm itself stays in the model, as a neutral one, so that the state dict keeps the stock model's
+keys.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,16 +22,16 @@ from slope_mm.errors import SlopeError
 from slope_mm.layers import LAYER_KINDS, STOCK_KINDS, CompressedLayer
 from slope_mm.ops import SMALLEST_STEP, Codes, positive
 
-# Blocks of ResNets (mmdet's and its kin, torchvision's), by class name: conv1 runs before norm1, and
-# so on. Other blocks may have the same attributes in another order.
+# Blocks of ResNets (mmdet's and its kin, torchvision's), by class name: conv1 runs before norm1,
+# and so on. Other blocks may have the same attributes in another order.
 RESNET_PARTS = ('ResNet', 'BasicBlock', 'Bottleneck')
 
 
 def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Names of layers and of the batch norms that run right behind them.
 
-    Known are mmcv's ``ConvModule``, ``nn.Sequential`` and the blocks of ResNets. A layer or norm that
-    several pairs share is left out.
+    Known are mmcv's ``ConvModule``, ``nn.Sequential`` and the blocks of ResNets. A layer or norm
+    that several pairs share is left out.
     """
     names = {module: name for name, module in model.named_modules()}
     pairs = [
@@ -49,8 +51,7 @@ def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
 def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if isinstance(module, nn.Sequential):
-        children = list(module)
-        yield from zip(children, children[1:], strict=False)
+        yield from itertools.pairwise(module)
     elif 'ConvModule' in kinds:
         order = tuple(getattr(module, 'order', ()))
         if order[:2] == ('conv', 'norm') and getattr(module, 'with_norm', False):
@@ -66,18 +67,18 @@ def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 def _foldable(layer: nn.Module, norm: _BatchNorm) -> bool:
     if type(layer) not in LAYER_KINDS and type(layer) not in STOCK_KINDS:
         return False
-    if isinstance(layer, CompressedLayer):
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    if transposed and layer.groups != 1:
+        return False
+    step = layer.step if isinstance(layer, CompressedLayer) else None
+    if step is not None and step.numel() != norm.num_features:
         # One step for all channels cannot take a factor for each.
-        if layer.slope_spec.bits is not None and layer.slope_spec.step != 'channel':
-            return False
-    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-    if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
         return False
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return (
         norm.running_var is not None
         and norm.weight is not None
-        and weight.shape[axis] == norm.num_features
+        and weight.shape[1 if transposed else 0] == norm.num_features
         and weight.dtype == torch.float32
     )
 

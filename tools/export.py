@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
         sub.add_argument(
             '--fold-bn',
             action='store_true',
-            help='fold batch norms into steps and one bias a channel (codes stay; rounding differs)',
+            help='fold batch norms into steps and one bias a channel; rounding differs, codes do not',
         )
         sub.add_argument(
             '--evaluate', action='store_true', help='print the metrics of the checkpoint and of OUT'
@@ -67,8 +67,8 @@ def write_stock(args: argparse.Namespace, model: nn.Module, meta: Any) -> None:
     if lost:
         told = ', '.join(f'{count} layers to {bits} bits' for bits, count in sorted(lost.items()))
         print(
-            f'Not in it: the input quantizers ({told}). The stock model computes with inputs at full'
-            ' precision, another function than the trained one'
+            f'Not in it: the input quantizers ({told}). The stock model computes with inputs at'
+            ' full precision, another function than the trained one'
             + ('.' if args.evaluate else '; --evaluate prints the metrics of both.')
         )
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,7 +96,16 @@ def measure(work: Callable[[], object]) -> tuple[float, int]:
 
 def sizes(build: Callable[[], nn.Module], kind: str, rules: list[dict]) -> None:
     """A row for each recipe."""
-    header = ('recipe', 'BN', 'calculated', 'bitmask', 'enumerative', 'entropy', 'to bound', 'ratio')
+    header = (
+        'recipe',
+        'BN',
+        'calculated',
+        'bitmask',
+        'enumerative',
+        'entropy',
+        'to bound',
+        'ratio',
+    )
     print('  '.join(f'{title:>12}' for title in header))
     for sparsity, bits in RECIPES:
         dense = build()
@@ -125,10 +135,14 @@ def row(model: nn.Module, recipe: str, folded: bool) -> list[str]:
             slope_mm.save_packed(model, path, coding=coding)
             lengths[coding] = path.stat().st_size
     layers = slope_mm.compressed_layers(model).values()
-    bound = calculated + sum(
-        order0_bits(layer) - (bits := stored_bits(layer, None)).codes - bits.index
-        for layer in layers
-    ) / 8
+    bound = (
+        calculated
+        + sum(
+            order0_bits(layer) - (bits := stored_bits(layer, None)).codes - bits.index
+            for layer in layers
+        )
+        / 8
+    )
     return [
         recipe,
         'folded' if folded else 'as trained',
@@ -150,17 +164,13 @@ def speed() -> None:
     print(f'Mask R-CNN R50 2:4+4b, {torch.get_num_threads()} threads; fp32 {fp32:,} bytes')
     with tempfile.TemporaryDirectory() as folder:
         for coding in ('enumerative', 'entropy', 'smallest'):
-            path = Path(folder) / coding
-            write = measure(lambda: slope_mm.save_packed(model, path, coding=coding))  # noqa: B023
-            fresh = launch.build_model(config)
-            load = measure(lambda: slope_mm.load_packed(path, fresh))  # noqa: B023
-            del fresh
-            read = measure(lambda: slope_mm.read_packed(path))  # noqa: B023
-            for what, (seconds, added) in (
-                ('save_packed', write),
-                ('load_packed', load),
-                ('read_packed', read),
+            path, fresh = Path(folder) / coding, launch.build_model(config)
+            for what, work in (
+                ('save_packed', partial(slope_mm.save_packed, model, path, coding=coding)),
+                ('load_packed', partial(slope_mm.load_packed, path, fresh)),
+                ('read_packed', partial(slope_mm.read_packed, path)),
             ):
+                seconds, added = measure(work)
                 # The model itself is in memory before.
                 peak = added / fp32 + (what != 'read_packed')
                 print(f'{coding:<12}{what:<12}{seconds:>6.2f} s  peak {peak:.2f} x fp32')

@@ -20,7 +20,9 @@ from slope_mm.errors import ConfigError
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='test config file path')
-    parser.add_argument('checkpoint', help='training checkpoint, packed file (.slope), or stock checkpoint')
+    parser.add_argument(
+        'checkpoint', help='training checkpoint, packed file (.slope), or stock checkpoint'
+    )
     parser.add_argument('--work-dir', help='the directory of the metrics file')
     parser.add_argument('--out', help='dump predictions to a pickle file for offline evaluation')
     parser.add_argument('--show', action='store_true', help='show prediction results')

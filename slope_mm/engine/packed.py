@@ -62,8 +62,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
 
     Args:
         path: The file.
-        model: As in :func:`slope_mm.packing.load_packed`; None builds the detector that the header's
-            config describes.
+        model: As in :func:`slope_mm.packing.load_packed`; None builds the detector that the
+            header's config describes.
 
     Returns:
         The model; a built one in evaluation mode, with ``cfg`` and ``dataset_meta`` as
@@ -79,7 +79,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     config = from_plain(header.get('config'))
     if not isinstance(config, dict) or not isinstance(config.get('model'), dict):
         raise PackedFileError(
-            f"{os.fspath(path)} carries no config to build its model from; build it, and give it as"
+            f'{os.fspath(path)} carries no config to build its model from; build it, and give it as'
             ' load_packed(path, model)'
         )
     _check_types(config['model'], os.fspath(path))

@@ -1,4 +1,4 @@
-"""The packed file: codecs, container, reader, writer. The reader needs numpy and safetensors alone."""
+"""The packed file: codecs, container, writer, and a reader for numpy and safetensors alone."""
 
 from typing import TYPE_CHECKING, Any
 

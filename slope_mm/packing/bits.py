@@ -1,11 +1,11 @@
 """Integers of any width, packed without gaps.
 
-The layout is one string of bits: value ``i`` takes bits ``i * width`` to ``(i + 1) * width - 1``, its
-lowest bit first; bit ``j`` of the string is bit ``j % 8`` (counted from the lowest) of byte ``j // 8``.
-What the last byte has left over is zero.
+The layout is one string of bits: value ``i`` takes bits ``i * width`` to ``(i + 1) * width - 1``,
+its lowest bit first; bit ``j`` of the string is bit ``j % 8`` (counted from the lowest)
+of byte ``j // 8``. What the last byte has left over is zero.
 
-    width 3, values 5 (101), 3 (011), 6 (110):   byte 0 = 1 0 0 1 1 1 0 1    byte 1 = . . . . . . . 1
-                                                 bits     7 ........... 0            bits 15 ..... 8
+    width 3, values 5 (101), 3 (011), 6 (110):   byte 0   1 0 0 1 1 1 0 1   (bit 7 to bit 0)
+                                                 byte 1   0 0 0 0 0 0 0 1
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def packed_bytes(count: int, width: int) -> int:
     return (count * width + 7) // 8
 
 
-def pack_bits(values: NDArray[np.unsignedint], width: int) -> NDArray[np.uint8]:
+def pack_bits(values: NDArray[np.unsignedinteger], width: int) -> NDArray[np.uint8]:
     """Packs values below ``2 ** width``.
 
     Args:

@@ -1,19 +1,19 @@
 """A compressed weight to bytes and back: steps, index, codes.
 
-Weights are visited with the input axis last: a convolution's ``[O, I, R, S]`` as ``[O, R, S, I]``, a transposed
-convolution's ``[I, O, R, S]`` as ``[O, R, S, I]``, a matrix as it is. In that order every M neighbours are a
-group, and every output below is in that order.
+Weights are visited with the input axis last: a convolution's ``[O, I, R, S]`` as ``[O, R, S, I]``,
+a transposed convolution's ``[I, O, R, S]`` as ``[O, R, S, I]``, a matrix as it is. In that order
+every M neighbours are a group, and every output below is in that order.
 
-======================  ===========================================  =================================
-coding                  index                                        codes (``code - qn``, kept weights)
-======================  ===========================================  =================================
-``bitmask``             one bit a weight, 1 where kept               ``bits`` bits each
-``enumerative``         N:M: a rank a group, ceil(log2 C(M, N))      ``bits`` bits each
-                        bits each; else as ``bitmask``
-``entropy``             N:M: the ranks as evenly likely symbols;     a table of ``qp - qn + 1``
-                        else a table of 2, and the bits as symbols   probabilities, and the codes as
-                                                                     symbols
-======================  ===========================================  =================================
+===============  ==========================================  ===================================
+coding           index                                       codes (``code - qn``, kept weights)
+===============  ==========================================  ===================================
+``bitmask``      one bit a weight, 1 where kept              ``bits`` bits each
+``enumerative``  N:M: a rank a group, of ceil(log2 C(M, N))  ``bits`` bits each
+                 bits; else as ``bitmask``
+``entropy``      N:M: the ranks, as evenly likely symbols;   a table of ``qp - qn + 1``
+                 else a table of 2 probabilities, and the    probabilities, and the codes as
+                 bits as symbols                             symbols
+===============  ==========================================  ===================================
 
 The steps come first, one for each output channel or a single one, little-endian in their dtype. A
 weight that is not quantized has no steps, and the kept values, little-endian in its dtype, in

@@ -1,9 +1,9 @@
 """The container: a safetensors file with checksums over every byte of it.
 
-A safetensors file is a u64 (length of the header), the header (JSON), and the tensors' bytes. Ours has
-one metadata entry, ``slope_mm``: a JSON text, the packed file's own header (docs/format.md). Its
-``crc32`` lists the CRC-32 of every tensor in the order of their names; that of the u64 and the safetensors
-header is the tensor ``:header_crc32``.
+A safetensors file is a u64 (length of the header), the header (JSON), and the tensors' bytes. Ours
+has one metadata entry, ``slope_mm``: a JSON text, the packed file's own header (docs/format.md).
+Its ``crc32`` lists the CRC-32 of every tensor in the order of their names; that of the u64 and the
+safetensors header is the tensor ``:header_crc32``.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _check_sums(
     if not isinstance(sums, list) or len(sums) != len(tensors):
         raise PackedFileError(f'{name} does not list a checksum for each of its tensors')
     for (key, tensor), expected in zip(sorted(tensors.items()), sums, strict=True):
-        if zlib.crc32(tensor.data) != expected:
+        if crc32(tensor.data) != expected:
             raise PackedFileError(
                 f"tensor '{key}' of {name} is damaged: its checksum differs; copy or write the"
                 ' file again'
@@ -173,9 +173,14 @@ def to_text(header: dict[str, Any]) -> str:
     return json.dumps(header, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
 
 
+def crc32(data: NDArray[np.uint8]) -> int:
+    """CRC-32 (zlib's, that of PNG and gzip)."""
+    return zlib.crc32(data.data)
+
+
 def checksums(tensors: dict[str, NDArray[np.uint8]]) -> list[int]:
     """CRC-32 of the tensors' bytes in the order of their names."""
-    return [zlib.crc32(tensors[key]) for key in sorted(tensors)]
+    return [crc32(tensors[key]) for key in sorted(tensors)]
 
 
 def sign_header(content: bytearray) -> None:

@@ -1,13 +1,13 @@
 """Entropy-coded symbols: an asymmetric numeral system (ANS), in chunks that are coded alone.
 
-The coder is that of the ``constriction`` library (``stream.stack.AnsCoder``: 32-bit words, a state of 64
-bits, probabilities in units of 2^-24). A stream of ``n`` symbols is
+The coder is that of the ``constriction`` library (``stream.stack.AnsCoder``: 32-bit words, a state
+of 64 bits, probabilities in units of 2^-24). A stream of ``n`` symbols is
 
     ceil(n / 8192) x u32    number of words of each chunk
     u32 ...                 the words of all chunks, one after the other
 
-little-endian. Chunk ``i`` holds symbols ``8192 i`` to ``8192 (i + 1) - 1`` and is decoded like this, with
-``left`` and ``freq`` the start and length of each symbol's interval in ``[0, 2^24)``:
+little-endian. Chunk ``i`` holds symbols ``8192 i`` to ``8192 (i + 1) - 1`` and is decoded like
+this, with ``left`` and ``freq`` the start and length of each symbol's interval in ``[0, 2^24)``:
 
     state = the last two words (the very last is the upper half; 0 where there are fewer)
     repeat: quantile = state mod 2^24;  symbol = the one whose interval holds quantile
@@ -96,7 +96,7 @@ def _constriction() -> Any | None:
     return constriction
 
 
-def encode_stream(symbols: NDArray[np.unsignedint], model: SymbolModel) -> bytes:
+def encode_stream(symbols: NDArray[np.unsignedinteger], model: SymbolModel) -> bytes:
     """Encodes symbols.
 
     Raises:
@@ -121,7 +121,7 @@ def encode_stream(symbols: NDArray[np.unsignedint], model: SymbolModel) -> bytes
 
 def decode_stream(
     data: NDArray[np.uint8], count: int, model: SymbolModel
-) -> tuple[NDArray[np.unsignedint], NDArray[np.uint8]]:
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint8]]:
     """Decodes symbols from the beginning of ``data``.
 
     Returns:
@@ -150,9 +150,9 @@ def _decode_constriction(
     words: NDArray[np.uint32],
     counts: NDArray[np.int64],
     model: SymbolModel,
-    symbols: NDArray[np.unsignedint],
+    symbols: NDArray[np.unsignedinteger],
 ) -> None:
-    constriction = _constriction()
+    constriction: Any = _constriction()
     library_model = model.for_constriction(constriction)
     ends = np.cumsum(counts)
     for chunk, (end, size) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
@@ -170,7 +170,7 @@ def _decode_numpy(
     words: NDArray[np.uint32],
     counts: NDArray[np.int64],
     model: SymbolModel,
-    symbols: NDArray[np.unsignedint],
+    symbols: NDArray[np.unsignedinteger],
 ) -> None:
     """All chunks side by side, one symbol of each at a time."""
     left = np.cumsum(model.freq) - model.freq

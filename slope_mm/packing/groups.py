@@ -1,8 +1,9 @@
 """Which N of M: a group's mask as its rank among all masks with N of M bits set.
 
 The rank is that of the combinatorial number system (colexicographic order): kept positions
-``p_1 < p_2 < ... < p_N`` in ``0 .. M-1`` have rank ``C(p_1, 1) + C(p_2, 2) + ... + C(p_N, N)``, which runs
-from 0 to ``C(M, N) - 1``. For 2:4 the masks with positions 01, 02, 12, 03, 13, 23 are 0 to 5.
+``p_1 < p_2 < ... < p_N`` in ``0 .. M-1`` have rank ``C(p_1, 1) + C(p_2, 2) + ... + C(p_N, N)``,
+which runs from 0 to ``C(M, N) - 1``. For 2:4 the masks with positions 01, 02, 12, 03, 13, 23 are 0
+to 5.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _ranks_by_counting(masks: NDArray[np.bool_], n: int) -> NDArray[np.uint32]:
     return rank.astype(np.uint32)
 
 
-def _masks_by_counting(ranks: NDArray[np.unsignedint], n: int, m: int) -> NDArray[np.bool_]:
+def _masks_by_counting(ranks: NDArray[np.unsignedinteger], n: int, m: int) -> NDArray[np.bool_]:
     binomials = _binomials(n, m)
     left = ranks.astype(np.int64)
     ordinal = np.full(len(ranks), n)
@@ -63,7 +64,7 @@ def _tables(n: int, m: int) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
     return rank, masks
 
 
-def group_ranks(masks: NDArray[np.bool_], n: int) -> NDArray[np.unsignedint]:
+def group_ranks(masks: NDArray[np.bool_], n: int) -> NDArray[np.unsignedinteger]:
     """Ranks of groups.
 
     Args:
@@ -82,7 +83,7 @@ def group_ranks(masks: NDArray[np.bool_], n: int) -> NDArray[np.unsignedint]:
     return _tables(n, m)[0][word]
 
 
-def group_masks(ranks: NDArray[np.unsignedint], n: int, m: int) -> NDArray[np.bool_]:
+def group_masks(ranks: NDArray[np.unsignedinteger], n: int, m: int) -> NDArray[np.bool_]:
     """The inverse of :func:`group_ranks`; ranks have to be below ``C(M, N)``."""
     if m > TABLE_LIMIT:
         return _masks_by_counting(ranks, n, m)

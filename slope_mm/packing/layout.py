@@ -207,12 +207,10 @@ class WeightLayout:
             ('index', self.numel, self.index_bytes, self.fixed_index_bytes()),
             ('codes', self.kept, code_bytes, self.fixed_code_bytes()),
         ):
-            if wanted is None:
-                # What is decoded is bounded by what is there; the sparsest index, of 1:32, takes 5
-                # bits for 32 weights.
-                fits = count <= MOST_SYMBOLS_A_BYTE * given
-            else:
-                fits = given == wanted
+            # What is decoded is bounded by what is there; the sparsest index, of 1:32, takes 5 bits
+            # for 32 weights.
+            bounded = wanted is None and count <= MOST_SYMBOLS_A_BYTE * given
+            fits = bounded or given == wanted
             _require(fits, f'{given} bytes cannot be the {what} of a weight of shape {self.shape}')
 
 

@@ -214,7 +214,7 @@ def _start_compression(file: PackedFile, model: nn.Module) -> None:
     recipe = file.header.get('recipe')
     if recipe is not None and not hasattr(model, 'slope_recipe'):
         try:
-            model.slope_recipe = Recipe.parse(recipe)
+            setattr(model, 'slope_recipe', Recipe.parse(recipe))  # noqa: B010 - no submodule
         except SlopeError as error:
             raise PackedFileError(f"the header's recipe is not to be used: {error}") from None
 

@@ -112,7 +112,7 @@ class PackedFile:
 
 
 class PackedWeights(dict[str, NDArray]):
-    """The stock model's state dict as arrays, every weight as the compressed model computes with it.
+    """The stock model's state dict as arrays; weights are those that the model computes with.
 
     Attributes:
         header: The file's header: recipe, layers, config, and what else it tells.
@@ -136,8 +136,8 @@ def read_packed(path: str | os.PathLike[str]) -> PackedWeights:
         path: The file.
 
     Returns:
-        Arrays by the stock model's state-dict keys (bfloat16 as float32); ``.header`` and ``.layers``
-        tell the rest.
+        Arrays by the stock model's state-dict keys (bfloat16 as float32); ``.header`` and
+        ``.layers`` tell the rest.
 
     Raises:
         PackedFileError: If the file is missing, damaged, of another version, or lies about itself;

@@ -71,11 +71,11 @@ def save_packed(
             which ``slope_mm.load_packed(path)`` builds it; a SlopeModel knows its model section),
             ``dataset_meta`` (class names; taken from ``model.dataset_meta`` where that exists), and
             anything of your own.
-        coding: ``'bitmask'``, ``'enumerative'``, ``'entropy'``, or for each layer the smaller of the
-            last two.
-        dtype: ``'float16'`` or ``'bfloat16'`` stores steps, biases, BN and all that is not compressed
-            in half the bytes, but for tensors that the type cannot hold: values that overflow, and
-            steps that lose digits.
+        coding: ``'bitmask'``, ``'enumerative'``, ``'entropy'``, or for each layer the smaller of
+            the last two.
+        dtype: ``'float16'`` or ``'bfloat16'`` stores steps, biases, BN and all that is not
+            compressed in half the bytes, but for tensors that the type cannot hold: values that
+            overflow, and steps that lose digits.
 
     Returns:
         The file's length in bytes.
@@ -99,9 +99,7 @@ def pack(
 ) -> bytearray:
     """The content of the file that :func:`save_packed` writes."""
     if coding not in (SMALLEST, *CODINGS):
-        raise PackedFileError(
-            f'coding={coding!r} is unknown; choose one of {[SMALLEST, *CODINGS]}'
-        )
+        raise PackedFileError(f'coding={coding!r} is unknown; choose one of {[SMALLEST, *CODINGS]}')
     if dtype is not None and dtype not in HALF_DTYPES:
         raise PackedFileError(
             f'dtype={dtype!r} is unknown; choose one of {sorted(HALF_DTYPES)}, or None'
@@ -231,9 +229,7 @@ def _smallest(
     return encode_weight(layout, values, mask, steps)
 
 
-def _in_groups(
-    layout: WeightLayout, pattern: NMPattern, mask: NDArray[np.bool_]
-) -> WeightLayout:
+def _in_groups(layout: WeightLayout, pattern: NMPattern, mask: NDArray[np.bool_]) -> WeightLayout:
     """With its groups, if the mask holds the pattern: on a ramp towards it, it does not yet."""
     groups = np.moveaxis(mask, layout.axis, -1).reshape(-1, pattern.m)
     if np.any(groups.sum(1, dtype=np.uint8) != pattern.n):

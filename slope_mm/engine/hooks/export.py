@@ -25,8 +25,8 @@ class SlopeExportHook(Hook):
     Note:
         It follows the checkpoint hook: ``epoch_3.slope`` appears beside ``epoch_3.pth``, the best
         checkpoint included, and holds the very weights of that checkpoint (the averaged ones where
-        EMAHook swaps them in). When the checkpoint hook removes a checkpoint of this run, its packed
-        file goes too.
+        EMAHook swaps them in). When the checkpoint hook removes a checkpoint of this run, its
+        packed file goes too.
 
     Args:
         coding (str): As in ``slope_mm.save_packed``. Defaults to ``'smallest'``.
