@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
         sub.add_argument(
             '--fold-bn',
             action='store_true',
-            help='fold batch norms into steps and one bias a channel; rounding differs, codes do not',
+            help='fold batch norms into steps and one bias a channel: other rounding, same codes',
         )
         sub.add_argument(
             '--evaluate', action='store_true', help='print the metrics of the checkpoint and of OUT'

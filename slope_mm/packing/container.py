@@ -114,7 +114,7 @@ def parse_container(data: bytes, name: str) -> Container:
             f'{name} is truncated or damaged: {str(error)[:200]}; copy or write it again'
         ) from None
     header = _parse_header(data[8 : 8 + size], name)
-    tensors = {key: _stored(key, value, name) for key, value in stored}
+    tensors = {key: _stored(key, value, name) for key, value in sorted(stored, key=lambda t: t[0])}
     _check_sums(data[: 8 + size], header, tensors, name)
     return Container(header, tensors)
 
@@ -157,7 +157,7 @@ def _check_sums(
     sums = header.get('crc32')
     if not isinstance(sums, list) or len(sums) != len(tensors):
         raise PackedFileError(f'{name} does not list a checksum for each of its tensors')
-    for (key, tensor), expected in zip(sorted(tensors.items()), sums, strict=True):
+    for (key, tensor), expected in zip(tensors.items(), sums, strict=True):
         if crc32(tensor.data) != expected:
             raise PackedFileError(
                 f"tensor '{key}' of {name} is damaged: its checksum differs; copy or write the"

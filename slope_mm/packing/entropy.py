@@ -176,10 +176,10 @@ def _decode_numpy(
     left = np.cumsum(model.freq) - model.freq
     ends = np.cumsum(counts)
     starts = ends - counts
-    if np.any((counts > 0) & (words[np.maximum(ends - 1, 0)] == 0)):
-        raise PackedFileError('its entropy-coded data end in a zero word')
-    # The state's two halves; a zero stands before each chunk's first word.
+    # The word number `at` of the stream has position `at` here.
     padded = np.concatenate([np.zeros(1, np.uint64), words.astype(np.uint64)])
+    if np.any((counts > 0) & (padded[ends] == 0)):
+        raise PackedFileError('its entropy-coded data end in a zero word')
     at = ends
     state = np.where(counts > 0, padded[at], 0) << np.uint64(32)
     state |= np.where(counts > 1, padded[np.maximum(at - 1, 0)], 0)

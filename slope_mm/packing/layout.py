@@ -191,8 +191,8 @@ class WeightLayout:
             _require(2 <= self.bits <= MAX_BITS, f'its bits are {self.bits}')
             low, high = self.qn, self.qp
             _require(
-                -128 <= low < high <= 127 and high - low < 2**self.bits,
-                f'codes from {low} to {high} do not fit into {self.bits} bits',
+                -128 <= low < high <= 127 and (high - low).bit_length() == self.bits,
+                f'codes from {low} to {high} are not of {self.bits} bits',
             )
             _require(abs(self.offset) <= 1, f'its offset is {self.offset!r}')
 

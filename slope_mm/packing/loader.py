@@ -122,6 +122,9 @@ def layer_state(layer: PackedLayer) -> dict[str, Tensor]:
         state['slope_step'] = _tensor(layer.step).float()
     if mask is not None:
         state['slope_mask'] = _tensor(mask)
+    elif spec.pattern is not None:
+        # Saved on a ramp that had not left dense yet.
+        state['slope_mask'] = torch.ones(layout.shape, dtype=torch.bool)
     if layout.input is not None:
         state['slope_act_step'] = torch.tensor([layout.input.step], dtype=torch.float32)
         signed = [SIGN_STATES[layout.input.signed]]

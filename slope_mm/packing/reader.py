@@ -19,6 +19,8 @@ from slope_mm.packing.layout import FLOAT_BYTES, WeightLayout
 
 # A constant costs the file nothing, whatever its shape.
 LARGEST_CONSTANT = 2**31
+# 129 of them are a float32.
+LARGEST_STEP = 1e36
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,11 @@ def _layer(name: str, entry: Any, tensors: dict[str, StoredTensor]) -> PackedLay
         layout = WeightLayout.from_json(entry, stored.data.size)
     except PackedFileError as error:
         raise _about(name, error) from None
-    return PackedLayer(name, layout, stored.data)
+    layer = PackedLayer(name, layout, stored.data)
+    # So that every code times its step is a number.
+    if layer.step is not None and not np.all((layer.step > 0) & (layer.step < LARGEST_STEP)):
+        raise PackedFileError(f"tensor '{name}.weight': its steps are not positive numbers")
+    return layer
 
 
 def _plain(key: str, tensor: StoredTensor, dtype: Any) -> NDArray:
