@@ -9,9 +9,11 @@ from mmengine.config import Config, DictAction
 from torch import nn
 
 import slope_mm
+from slope_mm.analysis.size import order0_bits
 from slope_mm.engine import launch
 from slope_mm.engine.packed import stock_config
 from slope_mm.engine.stock import evaluate, quantized_inputs, save_stock
+from slope_mm.packing import PackedFile
 from slope_mm.packing.layout import CODINGS
 from slope_mm.packing.writer import HALF_DTYPES, SMALLEST
 
@@ -57,6 +59,13 @@ def write_packed(args: argparse.Namespace, config: Config, model: nn.Module, met
     print(
         f'{args.out}: {size:,} bytes, {report.dense_bytes / size:.1f}x smaller than the'
         f" {report.dense_bytes:,} bytes of the stock model's tensors"
+    )
+    layers = PackedFile.open(args.out).layers.values()
+    index_and_codes = sum(layer.payload.size - layer.layout.step_bytes for layer in layers)
+    bound = sum(map(order0_bits, slope_mm.compressed_layers(model).values())) / 8
+    print(
+        f'Index and codes: {index_and_codes:,} bytes; no code without context gets below'
+        f' {bound:,.0f} ({index_and_codes / bound - 1:+.2%})'
     )
 
 

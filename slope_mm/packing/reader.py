@@ -172,8 +172,9 @@ def _layer(name: str, entry: Any, tensors: dict[str, StoredTensor]) -> PackedLay
     except PackedFileError as error:
         raise _about(name, error) from None
     layer = PackedLayer(name, layout, stored.data)
+    step = None if layer.step is None else layer.step.astype(np.float32)
     # So that every code times its step is a number.
-    if layer.step is not None and not np.all((layer.step > 0) & (layer.step < LARGEST_STEP)):
+    if step is not None and not np.all((step > 0) & (step < LARGEST_STEP)):
         raise PackedFileError(f"tensor '{name}.weight': its steps are not positive numbers")
     return layer
 

@@ -1,4 +1,5 @@
-"""Packed files among detectors: rebuilt from the file alone, loaded by mmengine, written by a hook."""
+"""Packed files among detectors: rebuilt from the file alone, loaded by mmengine, written by a
+hook."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_a_detector_is_rebuilt_from_the_file_alone(
     assert model.dataset_meta['classes'] == ('circle', 'square')
     assert_same(predict(model), expected)
     assert {str(la.slope_spec) for la in slope_mm.compressed_layers(model).values()} == {
-        '2:4 W4 A4', 'dense W8 A8'
+        '2:4 W4 A4',
+        'dense W8 A8',
     }
 
 
@@ -75,9 +77,7 @@ def test_mmdet_takes_it_as_a_checkpoint(
     model = init_detector(str(slope_run.file), str(packed), device='cpu')
     assert_same(predict(model), expected)
     assert model.dataset_meta['classes'] == ('circle', 'square')
-    inferencer = DetInferencer(
-        str(slope_run.file), str(packed), device='cpu', show_progress=False
-    )
+    inferencer = DetInferencer(str(slope_run.file), str(packed), device='cpu', show_progress=False)
     found = inferencer(IMAGE)['predictions'][0]
     assert found['scores'] == pytest.approx(expected['scores'].tolist())
 
@@ -99,7 +99,8 @@ def test_without_a_config_the_model_has_to_be_given(
     with pytest.raises(PackedFileError, match=r'load_packed\(path, model\)'):
         slope_mm.load_packed(path)
     config = copy.deepcopy(slope_run.config)
-    model = slope_mm.load_packed(path, MODELS.build(stock_config(config)['model']).eval())
+    stock = MODELS.build(Config(stock_config(config)).model)
+    model = slope_mm.load_packed(path, stock.eval())
     model.cfg = config
     assert_same(predict(model), expected)
 

@@ -79,7 +79,9 @@ def main() -> None:
         path = GOLDEN / f'{name}.slope'
         if path.exists():
             sys.exit(f'{path} is there already; golden files are written once')
-        meta = dict(config=dict(model=dict(type='GoldenNet')), dataset_meta=dict(classes=('a', 'b')))
+        meta = dict(
+            config=dict(model=dict(type='GoldenNet')), dataset_meta=dict(classes=('a', 'b'))
+        )
         slope_mm.save_packed(make(name), path, meta, **options)
 
 

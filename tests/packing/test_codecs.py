@@ -23,9 +23,11 @@ from slope_mm.packing.layout import CODINGS, WeightLayout
 # --- bits ----------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 32).flatmap(
-    lambda width: st.tuples(st.just(width), st.lists(st.integers(0, 2**width - 1), max_size=70))
-))
+@given(
+    st.integers(1, 32).flatmap(
+        lambda width: st.tuples(st.just(width), st.lists(st.integers(0, 2**width - 1), max_size=70))
+    )
+)
 def test_bits_are_one_long_number(case: tuple[int, list[int]]) -> None:
     width, values = case
     number = sum(value << (i * width) for i, value in enumerate(values))
@@ -129,7 +131,9 @@ def test_streams_that_do_not_end_as_they_should(
 def weights(draw: Any) -> tuple[WeightLayout, np.ndarray, np.ndarray | None, np.ndarray]:
     """A layout, codes, mask and steps of random shape, pattern, bits, code set and coding."""
     axis = draw(st.integers(0, 1))
-    n, m = draw(st.sampled_from([(0, 0), (1, 2), (2, 4), (2, 8), (3, 5), (2, 16), (9, 20), (1, 32)]))
+    n, m = draw(
+        st.sampled_from([(0, 0), (1, 2), (2, 4), (2, 8), (3, 5), (2, 16), (9, 20), (1, 32)])
+    )
     inputs = draw(st.integers(1, 3)) * m if m else draw(st.integers(1, 9))
     shape = [draw(st.integers(1, 6)), *draw(st.sampled_from([[], [1, 1], [3, 2]]))]
     shape.insert(axis, inputs)
@@ -143,8 +147,11 @@ def weights(draw: Any) -> tuple[WeightLayout, np.ndarray, np.ndarray | None, np.
         mask = random.random(shape) < 0.4
         mask = None if mask.all() else mask
     bits = draw(st.integers(2, 8))
-    low, offset = draw(st.sampled_from([(-(2 ** (bits - 1)), 0.0), (1 - 2 ** (bits - 1), 0.0),
-                                        (-(2 ** (bits - 1)), 0.5)]))
+    low, offset = draw(
+        st.sampled_from(
+            [(-(2 ** (bits - 1)), 0.0), (1 - 2 ** (bits - 1), 0.0), (-(2 ** (bits - 1)), 0.5)]
+        )
+    )
     high = 2 ** (bits - 1) - 1
     codes = random.integers(low, high + 1, shape).astype(np.int8)
     step = draw(st.sampled_from(['channel', 'tensor']))
@@ -193,8 +200,10 @@ def test_the_bytes_are_those_of_the_format(case: Any) -> None:
         return
     written, payload = encode_weight(layout, codes, mask, steps)
     inner = json.dumps({'layers': {'layer': written.to_json()}})
-    outer = {'__metadata__': {'slope_mm': inner},
-             'layer.weight': {'data_offsets': [0, payload.size]}}
+    outer = {
+        '__metadata__': {'slope_mm': inner},
+        'layer.weight': {'data_offsets': [0, payload.size]},
+    }
     text = json.dumps(outer).encode()
     content = len(text).to_bytes(8, 'little') + text + payload.tobytes()
     kept, found, read_steps = slow_reader.read_layer(content, 'layer')

@@ -23,9 +23,8 @@ assert slope_mm.read_packed is read_packed
 weights = read_packed({file!r})
 import numpy
 numpy.savez({out!r}, **weights)
-absent = [name for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'constriction') if name in sys.modules]
-assert absent == [], absent
-try:
+absent = [name for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'constriction') if name in
+sys.modules] assert absent == [], absent try:
     slope_mm.convert
 except slope_mm.EnvironmentProblem as problem:
     print(problem)
@@ -56,9 +55,7 @@ def test_reading_with_numpy_and_safetensors_alone(
     """Entropy-coded files too: by numpy, where constriction is not there."""
     file, out, broken = GOLDEN / f'{name}.slope', tmp_path / 'out.npz', tmp_path / 'broken.slope'
     broken.write_bytes(file.read_bytes()[:-1])
-    program = PROGRAM.format(
-        path=str(packages), file=str(file), out=str(out), broken=str(broken)
-    )
+    program = PROGRAM.format(path=str(packages), file=str(file), out=str(out), broken=str(broken))
     # Neither site-packages nor the environment's variables.
     done = subprocess.run(
         [sys.executable, '-I', '-S', '-c', program], capture_output=True, text=True, cwd=tmp_path

@@ -104,7 +104,7 @@ def test_a_file_by_plain_loops(coding: str, file: Path) -> None:
 def test_quantizing_a_compressed_weight_again_changes_nothing(
     bits: int, codes: str, scale: float, dtype: torch.dtype, seed: int
 ) -> None:
-    """What loading relies on: the codes of (k + offset) * step are k, and the product is the same."""
+    """What loading relies on: a level by its step is that level's code."""
     generator = torch.Generator().manual_seed(seed)
     w = (torch.randn(4, 16, generator=generator) * scale).to(dtype)
     step = torch.rand(4, 1, generator=generator) * scale / 2 ** (bits - 2) + 1e-8
@@ -116,7 +116,11 @@ def test_quantizing_a_compressed_weight_again_changes_nothing(
 def test_fine_tuning_goes_on_from_a_loaded_model(file: Path) -> None:
     save_packed(trained(W4A4), file)
     model = load_packed(file, Net()).train()
-    masks = {n: la.mask.clone() for n, la in slope_mm.compressed_layers(model).items() if la.mask is not None}
+    masks = {
+        n: la.mask.clone()
+        for n, la in slope_mm.compressed_layers(model).items()
+        if la.mask is not None
+    }
     before = compressed_state(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -170,8 +174,10 @@ def test_shared_modules_are_stored_once(file: Path) -> None:
     expected = model.eval()(x)
     save_packed(model, file)
     packed = read_packed(file)
-    assert packed.header['aliases'] == {'heads.1.weight': 'heads.0.weight',
-                                        'heads.1.bias': 'heads.0.bias'}
+    assert packed.header['aliases'] == {
+        'heads.1.weight': 'heads.0.weight',
+        'heads.1.bias': 'heads.0.bias',
+    }
     assert packed.keys() == Shared().state_dict().keys()
     assert torch.equal(load_packed(file, Shared().eval())(x), expected)
     other = slope_mm.convert(Shared(), W4A4).eval()
@@ -206,7 +212,9 @@ def test_half_the_bytes_for_the_rest(dtype: str, recipe: str, file: Path) -> Non
         )
     loaded = load_packed(file, Net().eval())
     for name, layer in slope_mm.compressed_layers(loaded).items():
-        assert torch.equal(layer.compressed_weight(), torch.from_numpy(packed[f'{name}.weight'].astype(np.float32)))
+        assert torch.equal(
+            layer.compressed_weight(), torch.from_numpy(packed[f'{name}.weight'].astype(np.float32))
+        )
         if layer.slope_spec.bits:
             # Steps may lose digits, codes may not.
             assert torch.equal(layer.codes(), model.get_submodule(name).codes())
@@ -295,7 +303,10 @@ def one_layer_more() -> nn.Module:
         (other_channels, "tensor 'fc.weight' has shape (16, 16), and the model's (12, 16)"),
         (one_layer_less, "the model has no 'narrow.bias'"),
         (one_layer_more, "the file has no 'spare.bias'"),
-        (lambda: slope_mm.convert(Net(), RECIPES['sparse']), "layer 'stem' was packed as 'dense W8"),
+        (
+            lambda: slope_mm.convert(Net(), RECIPES['sparse']),
+            "layer 'stem' was packed as 'dense W8",
+        ),
     ],
 )
 def test_other_models_are_refused_and_left_alone(make: Any, part: str, file: Path) -> None:
@@ -331,7 +342,9 @@ def test_a_files_length_is_the_calculated_size_and_its_header(recipe: str, file:
 
 
 @pytest.mark.parametrize('recipe', ['2:4 W4', '2:16 W2 odd', 'unstructured W3'])
-def test_entropy_coding_is_within_a_percent_and_a_half_of_the_bound(recipe: str, file: Path) -> None:
+def test_entropy_coding_is_within_a_percent_and_a_half_of_the_bound(
+    recipe: str, file: Path
+) -> None:
     model = slope_mm.convert(Wide(), RECIPES[recipe])
     save_packed(model, file, coding='entropy')
     for name, layer in PackedFile.open(file).layers.items():

@@ -46,7 +46,9 @@ def test_a_full_disk_changes_nothing(existing: bool, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(PackedFileError, match='cannot be written .* nothing was changed') as info:
+        with pytest.raises(
+            PackedFileError, match='cannot be written .* nothing was changed'
+        ) as info:
             save_packed(model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

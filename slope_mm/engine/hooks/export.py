@@ -12,7 +12,6 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import Tensor
 
 from slope_mm.engine.packed import stock_config
 from slope_mm.packing.writer import SMALLEST, save_packed
@@ -38,7 +37,7 @@ class SlopeExportHook(Hook):
 
     def __init__(self, coding: str = SMALLEST, dtype: str | None = None) -> None:
         self.coding, self.dtype = coding, dtype
-        self._saved: dict[str, Tensor] | None = None
+        self._saved: dict[str, Any] | None = None
         self._seen: dict[str, Any] = {}
         self._written: list[Path] = []
 
@@ -49,7 +48,7 @@ class SlopeExportHook(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Remembers what is being saved; its name is known once it is there."""
-        self._saved = checkpoint['state_dict']
+        self._saved = checkpoint
 
     def after_train_epoch(self, runner: Any) -> None:
         """Looks for a new checkpoint."""
@@ -66,25 +65,25 @@ class SlopeExportHook(Hook):
         self._look(runner)
 
     def _look(self, runner: Any) -> None:
-        state, self._saved = self._saved, None
-        if state is None:
+        saved, self._saved = self._saved, None
+        if saved is None:
             return
         for key, seen in self._seen.items():
             checkpoint = runner.message_hub.runtime_info.get(key)
             if checkpoint is not None and checkpoint != seen:
                 self._seen[key] = checkpoint
                 if is_main_process():
-                    self._export(runner, state, Path(checkpoint).with_suffix('.slope'))
+                    self._export(runner, saved, Path(checkpoint).with_suffix('.slope'))
 
-    def _export(self, runner: Any, state: dict[str, Tensor], path: Path) -> None:
+    def _export(self, runner: Any, checkpoint: dict[str, Any], path: Path) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         saved = copy.deepcopy(model).cpu()
-        saved.load_state_dict(state)
+        saved.load_state_dict(checkpoint['state_dict'])
         meta = dict(
             config=stock_config(runner.cfg),
             dataset_meta=getattr(runner.train_dataloader.dataset, 'metainfo', None),
-            epoch=runner.epoch + 1,
-            iteration=runner.iter + 1,
+            epoch=checkpoint['meta']['epoch'],
+            iteration=checkpoint['meta']['iter'],
         )
         size = save_packed(saved, path, meta, coding=self.coding, dtype=self.dtype)
         print_log(f'SLOPE: {path} has {size:,} bytes', logger='current', level=logging.INFO)
