@@ -15,7 +15,7 @@ import tiny
 import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 import slope_mm
@@ -47,6 +47,7 @@ def predict(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope='module')
 def expected(slope_run: tiny.Run) -> dict[str, torch.Tensor]:
     """What the trained model itself predicts."""
+    init_default_scope('mmdet')
     model = copy.deepcopy(slope_run.model).eval()
     model.cfg = slope_run.config
     return predict(model)

@@ -23,8 +23,10 @@ assert slope_mm.read_packed is read_packed
 weights = read_packed({file!r})
 import numpy
 numpy.savez({out!r}, **weights)
-absent = [name for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'constriction') if name in
-sys.modules] assert absent == [], absent try:
+foreign = ('torch', 'mmengine', 'mmcv', 'mmdet', 'constriction')
+absent = [name for name in foreign if name in sys.modules]
+assert absent == [], absent
+try:
     slope_mm.convert
 except slope_mm.EnvironmentProblem as problem:
     print(problem)
