@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from mmdet.datasets import CocoDataset
 from mmdet.models.backbones import ResNet
 from torch import Tensor, nn
 
 import slope_mm
 from slope_mm.analysis.size import order0_bits, stored_bits
 from slope_mm.engine import launch
+from slope_mm.engine.packed import stock_model
 
 MASK_RCNN = 'configs/mask_rcnn_r50_fp32.py'
 RECIPES = [('2:4', 4), ('2:4', 2), ('2:8', 4), ('2:8', 2), ('2:16', 4)]
@@ -40,7 +42,12 @@ class ResNet18(nn.Module):
 
 
 def mask_rcnn() -> nn.Module:
-    return launch.build_model(launch.read_config(MASK_RCNN))
+    config = launch.read_config(MASK_RCNN)
+    model = launch.build_model(config)
+    # What the header of an exported file carries.
+    model.slope_config = stock_model(config.model.to_dict())
+    model.dataset_meta = CocoDataset.METAINFO
+    return model
 
 
 def randomise(model: nn.Module, kind: str) -> None:

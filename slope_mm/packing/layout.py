@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ CODINGS = ('bitmask', 'enumerative', 'entropy')
 FLOAT_BYTES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}
 MAX_GROUP = 32
 MAX_BITS = 8
+
+
+#: Fields that most layers of a model agree on.
+SHARED_FIELDS = ('axis', 'coding', 'pattern', 'n', 'm', 'bits', 'codes', 'qn', 'qp', 'offset')
 
 
 @dataclass(frozen=True)
@@ -126,12 +131,12 @@ class WeightLayout:
             return self.kept * FLOAT_BYTES[self.dtype]
         return None if self.coding == 'entropy' else packed_bytes(self.kept, self.bits)
 
-    def to_json(self) -> dict[str, Any]:
-        """The header's entry: what equals the default is left out."""
+    def to_json(self, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The header's entry, without what equals the header's defaults, or else the format's."""
         entry: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
+            if value != (defaults or {}).get(field.name, field.default):
                 entry[field.name] = value
         entry['shape'] = list(self.shape)
         if self.input is not None:
@@ -212,6 +217,15 @@ class WeightLayout:
             bounded = wanted is None and count <= MOST_SYMBOLS_A_BYTE * given
             fits = bounded or given == wanted
             _require(fits, f'{given} bytes cannot be the {what} of a weight of shape {self.shape}')
+
+
+def shared_values(layouts: Iterable[WeightLayout]) -> dict[str, Any]:
+    """The commonest value of each shared field: the header's ``layer_defaults``."""
+    layouts = list(layouts)
+    return {
+        name: Counter(getattr(layout, name) for layout in layouts).most_common(1)[0][0]
+        for name in SHARED_FIELDS
+    }
 
 
 _KINDS: dict[str, Any] = {

@@ -73,8 +73,11 @@ class PackedFile:
     def __init__(self, container: Container) -> None:
         self.header = container.header
         tensors = dict(container.tensors)
-        entries = _section(self.header, 'layers')
-        self.layers = {name: _layer(name, entry, tensors) for name, entry in entries.items()}
+        defaults = _section(self.header, 'layer_defaults')
+        self.layers = {
+            name: _layer(name, {**defaults, **entry} if isinstance(entry, dict) else entry, tensors)
+            for name, entry in _section(self.header, 'layers').items()
+        }
         narrowed = _section(self.header, 'narrowed')
         self.plain = {key: _plain(key, t, narrowed.get(key)) for key, t in tensors.items()}
         for key, entry in _section(self.header, 'constants').items():

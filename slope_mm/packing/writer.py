@@ -27,14 +27,24 @@ from slope_mm.packing.container import (
     to_text,
     write_atomically,
 )
-from slope_mm.packing.layout import CODINGS, InputQuantizer, WeightLayout
+from slope_mm.packing.layout import CODINGS, InputQuantizer, WeightLayout, shared_values
 from slope_mm.packing.plainconfig import to_plain
 from slope_mm.version import __version__
 
 #: Besides the codings of the format: per layer the smaller of ``entropy`` and ``enumerative``.
 SMALLEST = 'smallest'
 #: What the header tells of itself, and ``meta`` cannot.
-RESERVED = {'version', 'writer', 'recipe', 'layers', 'constants', 'narrowed', 'aliases', 'crc32'}
+RESERVED = {
+    'version',
+    'writer',
+    'recipe',
+    'layer_defaults',
+    'layers',
+    'constants',
+    'narrowed',
+    'aliases',
+    'crc32',
+}
 HALF_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 DTYPE_NAMES = {
     torch.float64: 'F64',
@@ -112,10 +122,10 @@ def pack(
         )
     half = None if dtype is None else HALF_DTYPES[dtype]
     tensors: dict[str, Tensor] = {}
-    entries: dict[str, Any] = {}
+    layouts: dict[str, WeightLayout] = {}
     for name, layer in layers.items():
-        layout, tensors[f'{name}.weight'] = _encode_layer(layer, coding, half)
-        entries[name] = layout.to_json()
+        layouts[name], tensors[f'{name}.weight'] = _encode_layer(layer, coding, half)
+    defaults = shared_values(layouts.values())
     constants: dict[str, Any] = {}
     narrowed: dict[str, str] = {}
     plain, aliases = _plain_tensors(model, layers)
@@ -132,7 +142,8 @@ def pack(
         'version': VERSION,
         'writer': f'slope_mm {__version__}',
         **_described(model, meta),
-        'layers': entries,
+        'layer_defaults': defaults,
+        'layers': {name: layout.to_json(defaults) for name, layout in layouts.items()},
         'constants': constants,
         'narrowed': narrowed,
         'aliases': aliases,

@@ -199,7 +199,9 @@ def test_the_bytes_are_those_of_the_format(case: Any) -> None:
     if layout.m == 20:  # Listing all masks takes too long.
         return
     written, payload = encode_weight(layout, codes, mask, steps)
-    inner = json.dumps({'layers': {'layer': written.to_json()}})
+    inner = json.dumps(
+        {'layer_defaults': {'bits': 2}, 'layers': {'layer': written.to_json({'bits': 2})}}
+    )
     outer = {
         '__metadata__': {'slope_mm': inner},
         'layer.weight': {'data_offsets': [0, payload.size]},

@@ -233,7 +233,11 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     'a negative shape': (layer('stem', shape=[-8, 27]), "tensor 'stem.weight': its shape"),
     'a shape of texts': (layer('stem', shape=['8']), "tensor 'stem.weight': its shape"),
     'no shape': (lambda header: header['layers']['stem'].pop('shape'), "'stem.weight': its shape"),
-    'no axis': (lambda header: header['layers']['stem'].pop('axis'), 'lacks its axis'),
+    'no axis': (lambda header: header['layer_defaults'].pop('axis'), 'lacks its axis'),
+    'defaults that are none': (
+        lambda header: header.update(layer_defaults=3),
+        "'layer_defaults' is",
+    ),
     'another axis': (layer('conv', axis=7), "tensor 'conv.weight': its axis 7"),
     'more bits': (layer('conv', bits=5), "tensor 'conv.weight'"),
     'impossible bits': (layer('conv', bits=9), "tensor 'conv.weight': its bits are 9"),
@@ -304,7 +308,7 @@ def test_an_unknown_code_set_or_pattern_is_refused_by_the_model(
 def test_payloads_that_are_no_code(content: bytes) -> None:
     """Checksums are right, lengths are right, and still no encoder wrote this."""
     header = slow_reader.read_header(content)[1]
-    if header['layers']['conv'].get('coding') == 'entropy':
+    if header['layer_defaults']['coding'] == 'entropy':
         pytest.skip('of entropy-coded streams tests/packing/test_codecs.py tells')
     tensors = {name: array.copy() for name, array in safetensors.numpy.load(content).items()}
     # 2:8 has 28 masks, and five bits count to 31.

@@ -147,10 +147,10 @@ def test_held_masks_and_ramps_are_kept(file: Path) -> None:
     x = image()
     expected = model(x)
     save_packed(model, file)
-    header = read_packed(file).header['layers']
-    assert header['conv']['held'] and 'held' not in header['up']
-    assert 'm' not in header['up'] and header['up']['kept'] == model.up.weight.numel() * 3 // 4
-    assert header['fc']['kept'] == model.fc.weight.numel()
+    layouts = {name: layer.layout for name, layer in read_packed(file).layers.items()}
+    assert layouts['conv'].held and not layouts['up'].held
+    assert layouts['up'].m == 0 and layouts['up'].kept == model.up.weight.numel() * 3 // 4
+    assert layouts['fc'].kept == model.fc.weight.numel() and not layouts['fc'].sparse
     assert torch.equal(load_packed(file, Net().eval())(x), expected)
 
 
@@ -248,8 +248,8 @@ def test_the_header_tells_recipe_and_meta(file: Path) -> None:
     assert header['version'] == 1 and header['run'] == 7
     assert slope_mm.Recipe.parse(header['recipe']) == model.slope_recipe
     assert header['config']['model'] == {'type': 'Net', 'strides': {'__tuple__': [4, 8]}}
-    entry = header['layers']['up']
-    assert entry['shape'] == [12, 6, 2, 2] and entry.get('axis', 0) == 0
+    entry = {**header['layer_defaults'], **header['layers']['up']}
+    assert entry['shape'] == [12, 6, 2, 2] and entry['axis'] == 0
     assert (entry['n'], entry['m'], entry['bits'], entry['qn'], entry['qp']) == (2, 4, 4, -8, 7)
     assert header['layers']['stem']['note'] == 'stem'
     assert load_packed(file, Net()).slope_recipe == model.slope_recipe
