@@ -169,6 +169,11 @@ def check_before_training(config: Config) -> None:
     if compressed_layers(model):
         check_optim_wrapper(config.get('optim_wrapper', {}))
     if config.get('load_from'):
+        if config.get('resume') and str(config.load_from).endswith('.slope'):
+            raise CheckpointError(
+                f"'{config.load_from}' is a packed file, which holds no optimizer to resume with;"
+                ' start from it with --cfg-options load_from=… instead'
+            )
         check_checkpoint(model, config.load_from, complete=bool(config.get('resume')))
     check_work_dir(config.work_dir)
 

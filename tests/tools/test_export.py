@@ -184,6 +184,23 @@ def test_mistakes_end_in_one_line(kind: str, weight_run: tiny.Run, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_packed_file_cannot_be_resumed_but_started_from(
+    weight_run: tiny.Run, exported: Path, tmp_path: Path
+) -> None:
+    file, packed = weight_run.file, exported / 'model.slope'
+    code, _, errors = call('train', file, '--resume', packed, '--work-dir', tmp_path / 'work')
+    assert code == 2 and errors.count('\n') == 1 and 'no optimizer to resume with' in errors
+    assert not (tmp_path / 'work').exists()
+    config = tiny.name_run(Config.fromfile(file))
+    config.work_dir, config.load_from = str(tmp_path / 'tuned'), str(packed)
+    tuned = tiny.train(config)
+    assert tiny.masks_of(tuned.model).keys() == tiny.masks_of(weight_run.model).keys()
+    # Masks move again: the schedule hook releases what the file held.
+    assert all(
+        layer.slope_mask is None for layer in slope_mm.compressed_layers(tuned.model).values()
+    )
+
+
 def test_a_damaged_packed_file_ends_in_one_line(
     weight_run: tiny.Run, exported: Path, tmp_path: Path
 ) -> None:
