@@ -34,6 +34,10 @@ class ConfigError(SlopeError, ValueError):
     """A config cannot be run as it is."""
 
 
+class PackedFileError(SlopeError, RuntimeError):
+    """A packed file is damaged, is of another version, lies about itself, or cannot be written."""
+
+
 class EnvironmentProblem(SlopeError, ImportError):
     """mmengine, mmcv or mmdet is missing or unusable."""
 

@@ -33,6 +33,7 @@ sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys
 IMPORT = """
 try:
     import slope_mm
+    slope_mm.convert
 except Exception as error:
     print(type(error).__module__, type(error).__name__)
     print(error)
@@ -58,7 +59,7 @@ def hide(folder: Path, *names: str) -> Path:
 
 
 def import_problem(first_on_path: Path) -> str:
-    """The message of the error that importing slope_mm raises."""
+    """The message of the error that using slope_mm raises."""
     result = run_python('-c', IMPORT, first_on_path=first_on_path)
     assert result.returncode == 0, result.stderr
     kind, _, message = result.stdout.partition('\n')
@@ -121,6 +122,13 @@ def test_import_without_a_package_says_what_to_do(hidden: str, words: str, tmp_p
     message = import_problem(hide(tmp_path, hidden))
     assert message.startswith(words)
     assert re.search(r'; mend it with: (make setup|python -m pip install )', message)
+
+
+def test_submodules_say_it_as_well(tmp_path: Path) -> None:
+    command = 'import slope_mm\nfrom slope_mm.engine import launch'
+    result = run_python('-c', command, first_on_path=hide(tmp_path, 'mmdet'))
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith('slope_mm.errors.EnvironmentProblem: slope_mm needs mmdet')
 
 
 def test_program_ends_with_one_line_and_no_traceback(tmp_path: Path) -> None:

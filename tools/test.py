@@ -12,6 +12,7 @@ from mmengine.config import DictAction
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
+from slope_mm.engine.stock import is_baked, use_stock_model
 from slope_mm.engine.tta import check_tta, use_tta
 from slope_mm.errors import ConfigError
 
@@ -19,7 +20,9 @@ from slope_mm.errors import ConfigError
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='test config file path')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint', help='training checkpoint, packed file (.slope), or stock checkpoint'
+    )
     parser.add_argument('--work-dir', help='the directory of the metrics file')
     parser.add_argument('--out', help='dump predictions to a pickle file for offline evaluation')
     parser.add_argument('--show', action='store_true', help='show prediction results')
@@ -51,6 +54,8 @@ def main() -> None:
     launch.set_work_dir(config, args.config, args.work_dir)
     if args.tta:
         check_tta(config)
+    if is_baked(args.checkpoint):
+        use_stock_model(config)
     launch.check_before_testing(config, args.checkpoint)
     config.load_from, config.resume = args.checkpoint, False
     if args.show or args.show_dir:

@@ -6,12 +6,14 @@ are kept, its steps, and its bias; everything else stores its tensors as they ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from slope_mm.layers import CompressedLayer, LayerSpec
-from slope_mm.ops import step_shape
+from slope_mm.ops import NMPattern, step_shape
 
 STEP_BITS = 32
 SIGN_BITS = 8
@@ -97,3 +99,32 @@ def stored_bits(module: nn.Module, spec: LayerSpec | None, output_axis: int = 0)
     bits = weight_bits(tuple(weight.shape), spec, output_axis, weight.element_size() * 8)
     other = sum(tensor_bits(t) for key, t in own_tensors(module) if key != 'weight')
     return StoredBits(bits.codes, bits.index, bits.steps, other)
+
+
+@torch.no_grad()
+def order0_bits(layer: CompressedLayer) -> float:
+    """Bits below which no code without context can write a layer's index and codes.
+
+    ``log2 C(M, N)`` a group (for unstructured masks the entropy of a weight's being kept), and the
+    entropy of the layer's own histogram for each code; values at full precision as they are.
+    """
+    weight, mask, pattern = layer.weight, layer.mask, layer.slope_spec.pattern
+    index = 0.0
+    kept = weight.numel()
+    if mask is not None and pattern is not None:
+        kept = int(mask.sum())
+        if isinstance(pattern, NMPattern):
+            index = weight.numel() // pattern.m * math.log2(math.comb(pattern.m, pattern.n))
+        else:
+            index = _entropy_bits(mask.flatten().int())
+    if layer.slope_spec.bits is None:
+        return index + kept * weight.element_size() * 8
+    codes = layer.codes()
+    codes = codes.flatten() if mask is None else codes[mask]
+    return index + _entropy_bits(codes - int(codes.min()) if codes.numel() else codes)
+
+
+def _entropy_bits(symbols: Tensor) -> float:
+    counts = torch.bincount(symbols.long()).double()
+    counts = counts[counts > 0]
+    return float((counts * (counts.sum() / counts).log2()).sum())

@@ -1,10 +1,17 @@
 """The mmengine plug-ins. Importing this package registers them in mmengine's root registries."""
 
+from slope_mm.environment import check_environment
+
+# Says what is missing, where slope_mm itself was imported to read packed files alone.
+check_environment()
+
+# ruff: noqa: E402 - everything below needs the packages that were just checked
 from slope_mm.engine.calibration import calibrate
 from slope_mm.engine.checkpoint import install as install_checkpoint_loader
 from slope_mm.engine.hooks import (
     EpochSeedHook,
     SlopeCalibrationHook,
+    SlopeExportHook,
     SlopeMonitorHook,
     SlopeScheduleHook,
 )
@@ -15,6 +22,7 @@ from slope_mm.engine.optim_wrapper import (
     SlopeOptimWrapper,
     SlopeOptimWrapperConstructor,
 )
+from slope_mm.engine.packed import load_packed
 from slope_mm.engine.regularization import regularization
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     'RegularizedOptimWrapper',
     'SlopeAmpOptimWrapper',
     'SlopeCalibrationHook',
+    'SlopeExportHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',
@@ -29,5 +38,6 @@ __all__ = [
     'SlopeScheduleHook',
     'calibrate',
     'install_checkpoint_loader',
+    'load_packed',
     'regularization',
 ]

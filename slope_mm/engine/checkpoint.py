@@ -52,8 +52,10 @@ from mmengine.dist import barrier, get_rank
 from mmengine.fileio import get_file_backend
 from mmengine.logging import print_log
 
+from slope_mm.engine.packed import read_packed_checkpoint
 from slope_mm.engine.unpickler import Refused, RestrictedPickle
-from slope_mm.errors import CheckpointError, nearest
+from slope_mm.errors import CheckpointError, PackedFileError, nearest
+from slope_mm.packing.container import is_packed
 
 # The number that opens torch's older file format, as its pickle stores it.
 _LEGACY_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
@@ -67,7 +69,8 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
-    """Reads a checkpoint of mmengine's Runner, or any file of tensors that ``torch.save`` wrote.
+    """Reads a checkpoint of mmengine's Runner, any file of tensors that ``torch.save`` wrote, or a
+    packed file, as the checkpoint of a model whose latent weights are the compressed ones.
 
     Args:
         path: The file; ``~`` is expanded.
@@ -106,6 +109,8 @@ def load_checkpoint_file(path: str | os.PathLike[str], map_location: Any = 'cpu'
 def _read(file: IO[bytes], name: str, map_location: Any) -> Any:
     head = file.read(64)
     file.seek(0)
+    if is_packed(head):
+        return read_packed_checkpoint(file.read(), name)
     forced = os.getenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '').lower() in ('1', 'y', 'yes', 'true')
     options: dict[str, Any] = {'pickle_module': RestrictedPickle, 'weights_only': False}
     if forced:  # torch then takes no unpickler but its own
@@ -124,7 +129,7 @@ def _read(file: IO[bytes], name: str, map_location: Any) -> Any:
         checkpoint = torch.load(file, map_location=map_location, mmap=False, **options)
         _drop_program(checkpoint)
         return checkpoint
-    except (CheckpointError, MemoryError):
+    except (CheckpointError, PackedFileError, MemoryError):
         raise
     except Refused as refusal:
         raise CheckpointError(

@@ -169,6 +169,11 @@ def check_before_training(config: Config) -> None:
     if compressed_layers(model):
         check_optim_wrapper(config.get('optim_wrapper', {}))
     if config.get('load_from'):
+        if config.get('resume') and str(config.load_from).endswith('.slope'):
+            raise CheckpointError(
+                f"'{config.load_from}' is a packed file, which holds no optimizer to resume with;"
+                ' start from it with --cfg-options load_from=… instead'
+            )
         check_checkpoint(model, config.load_from, complete=bool(config.get('resume')))
     check_work_dir(config.work_dir)
 
@@ -288,11 +293,15 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     check_fit(model, state, complete=complete)
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
     """Loads a checkpoint that has to fit completely, for evaluation.
+
+    Returns:
+        The checkpoint's ``meta``.
 
     Raises:
         CheckpointError: If it does not.
     """
     check_checkpoint(model, path, complete=True)
-    load_checkpoint(model, path, map_location='cpu')
+    checkpoint = load_checkpoint(model, path, map_location='cpu')
+    return dict(checkpoint.get('meta') or {})

@@ -7,6 +7,7 @@ only moment at which DDP, the optimizer, EMA, ``init_detector`` and ``DetInferen
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from slope_mm.convert import compressed_layers, convert
 from slope_mm.engine.calibration import FirstBatchCalibration, is_training_forward
 from slope_mm.engine.fit import CheckpointFit
+from slope_mm.engine.packed import stock_model
 from slope_mm.errors import ConfigError, nearest
 from slope_mm.recipe import Recipe
 
@@ -74,9 +76,12 @@ def SlopeModel(
     # A broken recipe is cheaper to refuse before a large model is built.
     recipe = Recipe.parse(recipe)
     _check_arch(arch)
-    detector = MODELS.build(dict(type=arch, **model))
+    stock = dict(type=arch, **model)
+    # Stock detectors write into the config that they are built from; a packed file carries it.
+    detector = MODELS.build(copy.deepcopy(stock))
     convert(detector, recipe)
     detector.slope_recipe = recipe
+    detector.slope_config = stock_model(stock)
     detector.register_forward_pre_hook(RegularizerGuard(), with_kwargs=True)
     detector.register_forward_pre_hook(FirstBatchCalibration(), with_kwargs=True)
     CheckpointFit().attach(detector)

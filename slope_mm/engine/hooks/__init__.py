@@ -1,8 +1,15 @@
-"""mmengine hooks: calibration, schedule, monitor, reproducible epochs. One concern each."""
+"""mmengine hooks: calibration, schedule, monitor, packed files, reproducible epochs."""
 
 from slope_mm.engine.hooks.calibration import SlopeCalibrationHook
+from slope_mm.engine.hooks.export import SlopeExportHook
 from slope_mm.engine.hooks.monitor import SlopeMonitorHook
 from slope_mm.engine.hooks.schedule import SlopeScheduleHook
 from slope_mm.engine.hooks.seed import EpochSeedHook
 
-__all__ = ['EpochSeedHook', 'SlopeCalibrationHook', 'SlopeMonitorHook', 'SlopeScheduleHook']
+__all__ = [
+    'EpochSeedHook',
+    'SlopeCalibrationHook',
+    'SlopeExportHook',
+    'SlopeMonitorHook',
+    'SlopeScheduleHook',
+]

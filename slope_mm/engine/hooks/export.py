@@ -1,0 +1,93 @@
+"""Packed files beside the checkpoints of a run."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from slope_mm.engine.packed import stock_config
+from slope_mm.packing.writer import SMALLEST, save_packed
+
+
+@HOOKS.register_module()
+class SlopeExportHook(Hook):
+    """Writes a packed file beside every checkpoint.
+
+    Note:
+        It follows the checkpoint hook: ``epoch_3.slope`` appears beside ``epoch_3.pth``, the best
+        checkpoint included, and holds the very weights of that checkpoint (the averaged ones where
+        EMAHook swaps them in). When the checkpoint hook removes a checkpoint of this run, its
+        packed file goes too.
+
+    Args:
+        coding (str): As in ``slope_mm.save_packed``. Defaults to ``'smallest'``.
+        dtype (str, optional): As in ``slope_mm.save_packed``. Defaults to None.
+    """
+
+    # CheckpointHook runs at VERY_LOW.
+    priority = 'LOWEST'
+
+    def __init__(self, coding: str = SMALLEST, dtype: str | None = None) -> None:
+        self.coding, self.dtype = coding, dtype
+        self._saved: dict[str, Any] | None = None
+        self._seen: dict[str, Any] = {}
+        self._written: list[Path] = []
+
+    def before_train(self, runner: Any) -> None:
+        """Leaves checkpoints of an earlier run alone."""
+        for key in ('last_ckpt', 'best_ckpt'):
+            self._seen[key] = runner.message_hub.runtime_info.get(key)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Remembers what is being saved; its name is known once it is there."""
+        self._saved = checkpoint
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Looks for a new checkpoint."""
+        self._look(runner)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Looks for a new checkpoint."""
+        self._look(runner)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Looks for a new best checkpoint."""
+        self._look(runner)
+
+    def _look(self, runner: Any) -> None:
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        for key, seen in self._seen.items():
+            checkpoint = runner.message_hub.runtime_info.get(key)
+            if checkpoint is not None and checkpoint != seen:
+                self._seen[key] = checkpoint
+                if is_main_process():
+                    self._export(runner, saved, Path(checkpoint).with_suffix('.slope'))
+
+    def _export(self, runner: Any, checkpoint: dict[str, Any], path: Path) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        saved = copy.deepcopy(model).cpu()
+        saved.load_state_dict(checkpoint['state_dict'])
+        meta = dict(
+            config=stock_config(runner.cfg),
+            dataset_meta=getattr(runner.train_dataloader.dataset, 'metainfo', None),
+            epoch=checkpoint['meta']['epoch'],
+            iteration=checkpoint['meta']['iter'],
+        )
+        size = save_packed(saved, path, meta, coding=self.coding, dtype=self.dtype)
+        print_log(f'SLOPE: {path} has {size:,} bytes', logger='current', level=logging.INFO)
+        self._written.append(path)
+        for stale in [p for p in self._written if not p.with_suffix('.pth').exists()]:
+            stale.unlink(missing_ok=True)
+            self._written.remove(stale)

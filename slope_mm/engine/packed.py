@@ -1,0 +1,138 @@
+"""Packed files and detectors: the config that a file carries, and detectors built from it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from slope_mm.errors import PackedFileError
+from slope_mm.packing.loader import load_packed as load_packed_into
+from slope_mm.packing.loader import packed_state_dict
+from slope_mm.packing.plainconfig import from_plain
+from slope_mm.packing.reader import PackedFile
+
+# What inference needs of a config, besides the model.
+CONFIG_KEYS = ('default_scope', 'test_dataloader', 'visualizer')
+# Packages whose registered classes a file's config may name. Beyond a registry's names, mmengine
+# would import and call whatever a dotted type names.
+SCOPES = ('mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmcls', 'mmseg', 'mmpose', 'mmrotate')
+
+
+def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stock model's config, as a packed file carries it.
+
+    Args:
+        config: A whole config, with a SlopeModel or a stock model.
+
+    Returns:
+        Its model section with the stock type and without recipe and initialisers, and what
+        inference needs beside.
+    """
+    plain = config.to_dict() if isinstance(config, Config) else dict(config)
+    kept = {key: plain[key] for key in CONFIG_KEYS if plain.get(key) is not None}
+    return {**kept, 'model': stock_model(plain['model'])}
+
+
+def stock_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model section with the stock type, without recipe and initialisers."""
+    stock = {key: value for key, value in model.items() if key not in ('recipe', 'arch')}
+    if 'arch' in model:
+        stock['type'] = model['arch']
+    return _without_init(stock)
+
+
+def _without_init(value: Any) -> Any:
+    # The weights are in the file; initialisers would fetch others from elsewhere.
+    if isinstance(value, Mapping):
+        return {k: _without_init(v) for k, v in value.items() if k not in ('init_cfg', '_scope_')}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_init(item) for item in value)
+    return value
+
+
+def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Loads a packed file into a model, or into one that is built from the file alone.
+
+    Args:
+        path: The file.
+        model: As in :func:`slope_mm.packing.load_packed`; None builds the detector that the
+            header's config describes.
+
+    Returns:
+        The model; a built one in evaluation mode, with ``cfg`` and ``dataset_meta`` as
+        ``mmdet.apis.inference_detector`` wants them.
+
+    Raises:
+        PackedFileError: If the file is damaged, carries no config to build from, or belongs to
+            another model.
+    """
+    if model is not None:
+        return load_packed_into(path, model)
+    header = PackedFile.open(path).header
+    config = from_plain(header.get('config'))
+    if not isinstance(config, dict) or not isinstance(config.get('model'), dict):
+        raise PackedFileError(
+            f'{os.fspath(path)} carries no config to build its model from; build it, and give it as'
+            ' load_packed(path, model)'
+        )
+    _check_types(config['model'], os.fspath(path))
+    init_default_scope(str(config.get('default_scope', 'mmdet')))
+    try:
+        # Stock detectors write into the config that they are built from.
+        built = MODELS.build(Config(copy.deepcopy(config)).model)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise PackedFileError(
+            f"the model that {os.fspath(path)}'s config describes cannot be built ({reason}); build"
+            ' it, and give it as load_packed(path, model)'
+        ) from error
+    load_packed_into(path, built)
+    built.cfg = Config(config)
+    built.dataset_meta = from_plain(header.get('dataset_meta')) or {}
+    return built.eval()
+
+
+def _check_types(value: Any, name: str) -> None:
+    if isinstance(value, Mapping):
+        kind = value.get('type')
+        if isinstance(kind, str) and not re.fullmatch(rf'(({"|".join(SCOPES)})\.)?\w+', kind):
+            raise PackedFileError(
+                f"the config of {name} asks for '{kind[:100]}', which is no registered model of"
+                f' {", ".join(SCOPES)}; build the model yourself, and give it as'
+                ' load_packed(path, model)'
+            )
+        for item in value.values():
+            _check_types(item, name)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_types(item, name)
+
+
+def read_packed_checkpoint(content: bytes, name: str) -> dict[str, Any]:
+    """A packed file as the checkpoint that mmengine loads.
+
+    Args:
+        content: The file's bytes.
+        name: What messages call it.
+
+    Returns:
+        ``state_dict`` of the compressed model, and ``meta``.
+
+    Raises:
+        PackedFileError: If it is damaged.
+    """
+    try:
+        file = PackedFile.parse(content, name)
+        state = packed_state_dict(file)
+    except PackedFileError as error:
+        text = str(error)
+        raise PackedFileError(text if name in text else f'{name}: {text}') from None
+    meta = {'dataset_meta': from_plain(file.header.get('dataset_meta')) or {}}
+    return {'state_dict': state, 'meta': meta}

@@ -1,0 +1,92 @@
+"""The stock checkpoint of a baked model: made, told apart, and evaluated."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from slope_mm.convert import bake, compressed_layers
+from slope_mm.engine import launch
+from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.packed import stock_model
+from slope_mm.packing.container import write_atomically
+
+# In a checkpoint's meta: its weights are compressed ones, of a stock model.
+BAKED = 'slope_mm_baked'
+
+
+def save_stock(
+    model: nn.Module, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None
+) -> int:
+    """Writes a checkpoint that the stock model loads with ``strict=True``, without slope_mm.
+
+    Args:
+        model: A compressed model; it is left as it is.
+        path: The file to write.
+        meta: What its ``meta`` holds beside, for example ``dataset_meta``.
+
+    Returns:
+        The file's length in bytes.
+
+    Raises:
+        PackedFileError: If it cannot be written.
+    """
+    recipe = getattr(model, 'slope_recipe', None)
+    told = {**(meta or {}), BAKED: True if recipe is None else recipe.to_dict()}
+    content = io.BytesIO()
+    torch.save({'meta': told, 'state_dict': bake(model).state_dict()}, content)
+    write_atomically(path, content.getvalue())
+    return content.tell()
+
+
+def quantized_inputs(model: nn.Module) -> dict[int, int]:
+    """How many layers quantize their input, by bits; what a stock model cannot do."""
+    counts: dict[int, int] = {}
+    for layer in compressed_layers(model).values():
+        bits = layer.slope_spec.activation_bits
+        if bits is not None:
+            counts[bits] = counts.get(bits, 0) + 1
+    return counts
+
+
+def is_baked(path: str) -> bool:
+    """Whether a local checkpoint was made by :func:`save_stock`."""
+    if not Path(path).is_file():
+        return False
+    checkpoint = load_checkpoint_file(path)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    return isinstance(meta, Mapping) and BAKED in meta
+
+
+def use_stock_model(config: Config) -> None:
+    """Gives a config with a SlopeModel its stock model, to evaluate a baked checkpoint."""
+    config.model = stock_model(config.model.to_dict())
+
+
+def evaluate(config: Config, checkpoint: str, stock: bool = False) -> dict[str, float]:
+    """The metrics of a checkpoint on the config's test set.
+
+    Args:
+        config: A config with a SlopeModel; it is left as it is.
+        checkpoint: A training checkpoint, a packed file, or (``stock``) a baked checkpoint.
+        stock: Whether to evaluate with the stock model.
+    """
+    config = copy.deepcopy(config)
+    if stock:
+        use_stock_model(config)
+    with tempfile.TemporaryDirectory() as folder:
+        config.work_dir, config.load_from, config.resume = folder, checkpoint, False
+        # mmengine keeps runs and visualizers by name.
+        config.experiment_name = Path(folder).name
+        if config.get('visualizer'):
+            config.visualizer.update(name=config.experiment_name, vis_backends=None)
+        return launch.build_runner(config).test()

@@ -1,0 +1,334 @@
+"""Writes a compressed model as a packed file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slope_mm.convert import compressed_layers
+from slope_mm.errors import PackedFileError
+from slope_mm.layers import CompressedLayer
+from slope_mm.ops import NMPattern, positive, to_codes
+from slope_mm.packing.codec import encode_weight
+from slope_mm.packing.container import (
+    HEADER_CRC,
+    METADATA_KEY,
+    VERSION,
+    checksums,
+    sign_header,
+    to_text,
+    write_atomically,
+)
+from slope_mm.packing.layout import CODINGS, InputQuantizer, WeightLayout, shared_values
+from slope_mm.packing.plainconfig import to_plain
+from slope_mm.version import __version__
+
+#: Besides the codings of the format: per layer the smaller of ``entropy`` and ``enumerative``.
+SMALLEST = 'smallest'
+#: What the header tells of itself, and ``meta`` cannot.
+RESERVED = {
+    'version',
+    'writer',
+    'recipe',
+    'layer_defaults',
+    'layers',
+    'constants',
+    'narrowed',
+    'aliases',
+    'crc32',
+}
+HALF_DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
+DTYPE_NAMES = {
+    torch.float64: 'F64',
+    torch.float32: 'F32',
+    torch.float16: 'F16',
+    torch.bfloat16: 'BF16',
+    torch.int64: 'I64',
+    torch.int32: 'I32',
+    torch.int16: 'I16',
+    torch.int8: 'I8',
+    torch.uint8: 'U8',
+    torch.bool: 'BOOL',
+}
+
+
+@torch.no_grad()
+def save_packed(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    meta: Mapping[str, Any] | None = None,
+    *,
+    coding: str = SMALLEST,
+    dtype: str | None = None,
+) -> int:
+    """Writes a compressed model's packed file (docs/format.md).
+
+    The model is left as it is. What it computes in evaluation is what the file holds: codes, masks
+    and steps of its weights, the steps and signs of its input quantizers, everything else as it is.
+
+    Args:
+        model: A compressed model, on any device.
+        path: The file to write; what stands there is replaced once the new one is complete.
+        meta: What the header tells beside, as JSON can: ``config`` (the stock model's config, from
+            which ``slope_mm.load_packed(path)`` builds it; a SlopeModel knows its model section),
+            ``dataset_meta`` (class names; taken from ``model.dataset_meta`` where that exists), and
+            anything of your own.
+        coding: ``'bitmask'``, ``'enumerative'``, ``'entropy'``, or for each layer the smaller of
+            the last two.
+        dtype: ``'float16'`` or ``'bfloat16'`` stores steps, biases, BN and all that is not
+            compressed in half the bytes, but for tensors that the type cannot hold: values that
+            overflow, and steps that lose digits.
+
+    Returns:
+        The file's length in bytes.
+
+    Raises:
+        PackedFileError: If nothing is compressed, an option is unknown, a weight is tied to a layer
+            that computes with another, or the file cannot be written.
+    """
+    content = pack(model, meta, coding=coding, dtype=dtype)
+    write_atomically(path, content)
+    return len(content)
+
+
+@torch.no_grad()
+def pack(
+    model: nn.Module,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    coding: str = SMALLEST,
+    dtype: str | None = None,
+) -> bytearray:
+    """The content of the file that :func:`save_packed` writes."""
+    if coding not in (SMALLEST, *CODINGS):
+        raise PackedFileError(f'coding={coding!r} is unknown; choose one of {[SMALLEST, *CODINGS]}')
+    if dtype is not None and dtype not in HALF_DTYPES:
+        raise PackedFileError(
+            f'dtype={dtype!r} is unknown; choose one of {sorted(HALF_DTYPES)}, or None'
+        )
+    layers = compressed_layers(model)
+    if not layers:
+        raise PackedFileError(
+            'the model has no compressed layers to pack; give one that slope_mm converted, before'
+            ' it is baked'
+        )
+    half = None if dtype is None else HALF_DTYPES[dtype]
+    tensors: dict[str, Tensor] = {}
+    layouts: dict[str, WeightLayout] = {}
+    for name, layer in layers.items():
+        layouts[name], tensors[f'{name}.weight'] = _encode_layer(layer, coding, half)
+    defaults = shared_values(layouts.values())
+    constants: dict[str, Any] = {}
+    narrowed: dict[str, str] = {}
+    plain, aliases = _plain_tensors(model, layers)
+    for key, tensor in plain.items():
+        constant = _constant(tensor)
+        if constant is not None:
+            constants[key] = constant
+        elif _is_narrow(tensor):
+            narrowed[key] = DTYPE_NAMES[tensor.dtype]
+            tensors[key] = tensor.to(torch.int8)
+        else:
+            tensors[key] = _halved(tensor, half)
+    header = {
+        'version': VERSION,
+        'writer': f'slope_mm {__version__}',
+        **_described(model, meta),
+        'layer_defaults': defaults,
+        'layers': {name: layout.to_json(defaults) for name, layout in layouts.items()},
+        'constants': constants,
+        'narrowed': narrowed,
+        'aliases': aliases,
+    }
+    return _serialise(header, tensors)
+
+
+def _described(model: nn.Module, meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    recipe = getattr(model, 'slope_recipe', None)
+    told: dict[str, Any] = {'recipe': None if recipe is None else recipe.to_dict()}
+    stock_model = getattr(model, 'slope_config', None)
+    if stock_model is not None:
+        told['config'] = {'model': stock_model}
+    if getattr(model, 'dataset_meta', None) is not None:
+        told['dataset_meta'] = model.dataset_meta
+    given = dict(meta or {})
+    reserved = given.keys() & RESERVED
+    if reserved:
+        raise PackedFileError(
+            f"meta has the key '{min(reserved)}', which the header itself uses; rename it"
+        )
+    return {key: to_plain(value, f'meta[{key!r}]') for key, value in (told | given).items()}
+
+
+def _serialise(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
+    header['crc32'] = checksums({key: _bytes(tensor) for key, tensor in tensors.items()})
+    stored = {**tensors, HEADER_CRC: torch.zeros(4, dtype=torch.uint8)}
+    content = bytearray(safetensors.torch.save(stored, {METADATA_KEY: to_text(header)}))
+    sign_header(content)
+    return content
+
+
+# --- one layer -----------------------------------------------------------------------------------
+
+
+def _encode_layer(
+    layer: CompressedLayer, coding: str, half: torch.dtype | None
+) -> tuple[WeightLayout, Tensor]:
+    spec, weight, mask = layer.slope_spec, layer.weight, layer.mask
+    codes = spec.weight_codes
+    step = None
+    kept = weight.numel() if mask is None else int(mask.sum())
+    layout = WeightLayout(
+        shape=tuple(weight.shape),
+        axis=layer.input_axis,
+        output_axis=layer.output_axis,
+        kept=kept,
+        coding=CODINGS[1] if coding == SMALLEST else coding,
+        dtype=DTYPE_NAMES[weight.dtype],
+        pattern=None if spec.pattern is None else spec.pattern.name,
+        step=spec.step,
+        input=_input_quantizer(layer),
+        gradient=spec.gradient,
+        order=spec.order,
+        note=spec.note,
+        held=layer.slope_mask is not None,
+    )
+    if codes is not None and layer.step is not None:
+        step = positive(layer.step)
+        values = to_codes(weight, step, codes).to(torch.int8)
+        step = _halved(step.cpu(), half, is_step=True)
+        layout = replace(
+            layout,
+            bits=codes.bits,
+            codes=spec.codes,
+            qn=codes.qn,
+            qp=codes.qp,
+            offset=codes.offset,
+            step_dtype=DTYPE_NAMES[step.dtype],
+        )
+    else:
+        values = _halved(weight.detach(), half)
+        layout = replace(layout, dtype=DTYPE_NAMES[values.dtype])
+    kept_here = None if mask is None or not layout.sparse else mask.cpu().numpy()
+    if kept_here is not None and isinstance(spec.pattern, NMPattern):
+        layout = _in_groups(layout, spec.pattern, kept_here)
+    steps = None if step is None else _numpy(step).reshape(-1)
+    found, payload = _smallest(layout, _numpy(values), kept_here, steps, coding)
+    return found, torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+
+
+def _smallest(
+    layout: WeightLayout,
+    values: NDArray,
+    mask: NDArray[np.bool_] | None,
+    steps: NDArray | None,
+    coding: str,
+) -> tuple[WeightLayout, NDArray[np.uint8]]:
+    if coding == SMALLEST:
+        found, payload = encode_weight(replace(layout, coding='entropy'), values, mask, steps)
+        fixed = (layout.fixed_index_bytes() or 0) + (layout.fixed_code_bytes() or 0)
+        if payload.size < layout.step_bytes + fixed:
+            return found, payload
+    return encode_weight(layout, values, mask, steps)
+
+
+def _in_groups(layout: WeightLayout, pattern: NMPattern, mask: NDArray[np.bool_]) -> WeightLayout:
+    """With its groups, if the mask holds the pattern: on a ramp towards it, it does not yet."""
+    groups = np.moveaxis(mask, layout.axis, -1).reshape(-1, pattern.m)
+    if np.any(groups.sum(1, dtype=np.uint8) != pattern.n):
+        return layout
+    return replace(layout, n=pattern.n, m=pattern.m)
+
+
+def _input_quantizer(layer: CompressedLayer) -> InputQuantizer | None:
+    bits = layer.slope_spec.activation_bits
+    if bits is None or layer.slope_act_step is None:
+        return None
+    return InputQuantizer(bits, layer.activation_signed, float(layer.slope_act_step))
+
+
+# --- everything else -----------------------------------------------------------------------------
+
+
+def _plain_tensors(
+    model: nn.Module, layers: Mapping[str, CompressedLayer]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is not compressed, by its stock key, and the further keys of what is shared."""
+    first: dict[int, str] = {id(layer.weight): f'{n}.weight' for n, layer in layers.items()}
+    plain: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = key.rpartition('.')
+        if leaf.startswith('slope_'):
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in DTYPE_NAMES:
+            raise PackedFileError(f"'{key}' is no tensor that a packed file can hold")
+        known = first.setdefault(id(value), key)
+        if known == key:
+            if owner not in layers or leaf != 'weight':
+                plain[key] = value.detach().cpu()
+            continue
+        _refuse_tie(model, layers, key, known)
+        aliases[key] = known
+    return plain, aliases
+
+
+def _refuse_tie(
+    model: nn.Module, layers: Mapping[str, CompressedLayer], key: str, known: str
+) -> None:
+    """One parameter in two modules of which one compresses it is two different weights."""
+    owners = [model.get_submodule(name.rpartition('.')[0]) for name in (key, known)]
+    if owners[0] is not owners[1] and any(isinstance(o, CompressedLayer) for o in owners):
+        raise PackedFileError(
+            f"'{key}' and '{known}' are one parameter of two layers that compute with different"
+            ' weights; leave both alone (dict(match=..., compress=False)), or untie them'
+        )
+
+
+def _constant(tensor: Tensor) -> list[Any] | None:
+    """``[dtype, shape, value]`` of a tensor whose elements are all the same number, or one."""
+    flat = tensor.reshape(-1)
+    if flat.numel() == 0:
+        return None
+    raw = _bytes(tensor).reshape(flat.numel(), -1)
+    if (flat.is_floating_point() and not bool(torch.isfinite(flat[0]))) or np.any(raw != raw[0]):
+        return None
+    return [DTYPE_NAMES[tensor.dtype], list(tensor.shape), flat[0].item()]
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    """Whether a float tensor holds small integers alone, as the signs that folding leaves."""
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        return False
+    return torch.equal(tensor.clamp(-128, 127).to(torch.int8).to(tensor.dtype), tensor)
+
+
+def _halved(tensor: Tensor, half: torch.dtype | None, is_step: bool = False) -> Tensor:
+    """In the smaller type, if one is asked for and it can hold the values."""
+    if half is None or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor
+    smaller = tensor.to(half)
+    if not torch.equal(torch.isfinite(smaller), torch.isfinite(tensor)):
+        return tensor
+    if is_step and bool((tensor < torch.finfo(half).tiny).any()):
+        return tensor
+    return smaller
+
+
+def _numpy(tensor: Tensor) -> NDArray:
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

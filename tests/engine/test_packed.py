@@ -1,0 +1,179 @@
+"""Packed files among detectors: rebuilt from the file alone, loaded by mmengine, written by a
+hook."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+import slope_mm
+from slope_mm import PackedFileError
+from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.packed import stock_config
+from slope_mm.packing import read_packed, save_packed
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope='module')
+def packed(slope_run: tiny.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packed file of a trained W4A4 detector."""
+    path = tmp_path_factory.mktemp('packed') / 'model.slope'
+    meta = dict(
+        config=stock_config(slope_run.config),
+        dataset_meta=dict(classes=('circle', 'square'), palette=[(1, 2, 3), (4, 5, 6)]),
+    )
+    save_packed(slope_run.model, path, meta)
+    return path
+
+
+def predict(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = inference_detector(model, IMAGE).pred_instances
+    return {key: found[key] for key in ('bboxes', 'scores', 'labels')}
+
+
+@pytest.fixture(scope='module')
+def expected(slope_run: tiny.Run) -> dict[str, torch.Tensor]:
+    """What the trained model itself predicts."""
+    init_default_scope('mmdet')
+    model = copy.deepcopy(slope_run.model).eval()
+    model.cfg = slope_run.config
+    return predict(model)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert len(expected['scores'])
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_a_detector_is_rebuilt_from_the_file_alone(
+    packed: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    model = slope_mm.load_packed(packed)
+    assert not model.training
+    assert model.dataset_meta['classes'] == ('circle', 'square')
+    assert_same(predict(model), expected)
+    assert {str(la.slope_spec) for la in slope_mm.compressed_layers(model).values()} == {
+        '2:4 W4 A4',
+        'dense W8 A8',
+    }
+
+
+def test_mmdet_takes_it_as_a_checkpoint(
+    packed: Path, slope_run: tiny.Run, expected: dict[str, torch.Tensor]
+) -> None:
+    model = init_detector(str(slope_run.file), str(packed), device='cpu')
+    assert_same(predict(model), expected)
+    assert model.dataset_meta['classes'] == ('circle', 'square')
+    inferencer = DetInferencer(str(slope_run.file), str(packed), device='cpu', show_progress=False)
+    found = inferencer(IMAGE)['predictions'][0]
+    assert found['scores'] == pytest.approx(expected['scores'].tolist())
+
+
+def test_the_carried_config_is_the_stock_models(packed: Path, slope_run: tiny.Run) -> None:
+    config = read_packed(packed).header['config']
+    assert config['model']['type'] == 'MaskRCNN'
+    assert 'init_cfg' not in json.dumps(config) and 'recipe' not in config['model']
+    assert set(config) == {'default_scope', 'test_dataloader', 'visualizer', 'model'}
+    # A SlopeModel knows its model section even where nobody gives a config.
+    assert slope_run.model.slope_config['type'] == 'MaskRCNN'
+
+
+def test_without_a_config_the_model_has_to_be_given(
+    slope_run: tiny.Run, tmp_path: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / 'model.slope'
+    save_packed(slope_run.model, path, dict(config=None))
+    with pytest.raises(PackedFileError, match=r'load_packed\(path, model\)'):
+        slope_mm.load_packed(path)
+    config = copy.deepcopy(slope_run.config)
+    stock = MODELS.build(Config(stock_config(config)).model)
+    model = slope_mm.load_packed(path, stock.eval())
+    model.cfg = config
+    assert_same(predict(model), expected)
+
+
+@pytest.mark.parametrize('kind', ['os.system', 'mmdet.apis.inference.init_detector', 'a.b', ''])
+def test_a_config_can_name_registered_models_alone(
+    kind: str, slope_run: tiny.Run, tmp_path: Path
+) -> None:
+    """mmengine would import and call whatever a dotted type names."""
+    config = stock_config(slope_run.config)
+    config['model']['roi_head'] = dict(type='StandardRoIHead', bbox_head=[dict(type=kind)])
+    save_packed(slope_run.model, tmp_path / 'model.slope', dict(config=config))
+    with pytest.raises(PackedFileError, match='no registered model') as error:
+        slope_mm.load_packed(tmp_path / 'model.slope')
+    assert f"'{kind}'" in str(error.value)
+
+
+def test_damaged_files_among_checkpoints_are_named(packed: Path, tmp_path: Path) -> None:
+    damaged = bytearray(packed.read_bytes())
+    damaged[-3] ^= 1
+    path = tmp_path / 'damaged.slope'
+    path.write_bytes(damaged)
+    with pytest.raises(PackedFileError, match=r"tensor '.*' of .*damaged\.slope is damaged"):
+        load_checkpoint_file(path)
+
+
+# --- the hook ------------------------------------------------------------------------------------
+
+
+def assert_beside(checkpoint: Path, config: Config) -> None:
+    """The packed file computes with the checkpoint's weights."""
+    model = tiny.build(config).eval()
+    model.load_state_dict(load_checkpoint_file(checkpoint)['state_dict'])
+    wanted = slope_mm.bake(model).state_dict()
+    found = read_packed(checkpoint.with_suffix('.slope'))
+    for key, value in wanted.items():
+        assert torch.equal(torch.from_numpy(found[key].copy()), value), key
+
+
+def export_config(make: Callable[..., Config], work_dir: Path, **options: Any) -> Config:
+    config = make(work_dir, **options)
+    config.custom_hooks.append(dict(type='slope_mm.SlopeExportHook'))
+    return config
+
+
+def test_the_hook_follows_the_checkpoints(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = export_config(tiny_config, tmp_path / 'run', epochs=2)
+    config.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=1, save_best='coco/bbox_mAP')
+    run = tiny.train(config)
+    files = {path.stem for path in (tmp_path / 'run').glob('*.slope')}
+    checkpoints = {path.stem for path in (tmp_path / 'run').glob('*.pth')}
+    assert files == checkpoints and 'epoch_2' in files
+    assert any(name.startswith('best_coco_bbox_mAP') for name in files)
+    for name in files:
+        assert_beside(tmp_path / 'run' / f'{name}.pth', run.config)
+    header = read_packed(tmp_path / 'run' / 'epoch_2.slope').header
+    assert (header['epoch'], header['iteration']) == (2, 4)
+    assert 'circle' in json.dumps(header['dataset_meta'])
+    size = (tmp_path / 'run' / 'epoch_2.slope').stat().st_size
+    assert f'epoch_2.slope has {size:,} bytes' in tiny.read_log(tmp_path / 'run')
+
+
+def test_the_hook_packs_averaged_weights_where_they_are_saved(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = export_config(tiny_config, tmp_path / 'run', validate=False)
+    config.custom_hooks.insert(0, dict(type='EMAHook', momentum=0.5))
+    run = tiny.train(config)
+    assert_beside(run.checkpoint, run.config)
+    latent = slope_mm.bake(run.model.cpu()).state_dict()
+    found = read_packed(run.checkpoint.with_suffix('.slope'))
+    key = 'backbone.conv1.weight'
+    assert not torch.equal(torch.from_numpy(found[key].copy()), latent[key])

@@ -1,0 +1,153 @@
+"""Batch norms in steps and codes: the same function, the same codes, the stock model's keys."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+
+import slope_mm
+from slope_mm import SlopeError
+from slope_mm.folding import batch_norm_pairs
+from slope_mm.packing import load_packed, save_packed
+
+
+class Bottleneck(nn.Module):
+    """A block whose norms are found by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 12, 1)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 8, 3, padding=1, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.downsample = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (out + self.downsample(x)).relu()
+
+
+class PreActivation(nn.Module):
+    """The norm comes first: nothing to fold, whatever the names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.bn1(x).relu())
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvModule(3, 8, 3, norm_cfg=dict(type='BN'))
+        self.block = Bottleneck()
+        self.pre = PreActivation()
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 4, 2, stride=2), nn.BatchNorm2d(4), nn.ReLU())
+        # One convolution, a norm for each level.
+        self.shared = ConvModule(4, 4, 1, norm_cfg=dict(type='BN'))
+        self.level = ConvModule(4, 4, 1, norm_cfg=dict(type='BN'))
+        self.level.conv = self.shared.conv
+        self.head = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.pre(self.block(self.stem(x))))
+        return self.head((self.shared(x) + self.level(x)).mean((2, 3)))
+
+
+FOLDED = ['stem.conv', 'block.conv1', 'block.conv2', 'block.downsample.0', 'up.0', 'head.0']
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """With norms of both signs, one of them zero."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.1, 3)
+            module.weight.data[0] = 0
+    return model
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 9, 9)
+
+
+def test_only_norms_right_behind_a_layer_of_their_own_are_folded(net: nn.Module) -> None:
+    assert [layer for layer, _ in batch_norm_pairs(net)] == FOLDED
+
+
+@pytest.mark.parametrize('codes', ['symmetric', 'odd', 'lsq'])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_folded_models_compute_the_same_with_the_same_codes(
+    codes: str, inplace: bool, net: nn.Module, tmp_path: Path
+) -> None:
+    recipe = dict(weight=dict(sparsity='2:4', bits=4, codes=codes), activation=dict(bits=8))
+    model = slope_mm.convert(net, recipe)
+    model.train()(image())
+    x, before = image(), copy.deepcopy(model.eval().state_dict())
+    original = copy.deepcopy(model)
+    expected = model(x)
+    folded = slope_mm.fold_batch_norms(model, inplace=inplace)
+    assert (folded is model) is inplace
+    if not inplace:
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    # Quantized inputs may fall on the other side of a boundary.
+    assert (folded(x) - expected).abs().max() < 0.02 * expected.abs().max()
+    closed = codes != 'lsq'
+    for name, norm_name in batch_norm_pairs(original):
+        layer, norm = folded.get_submodule(name), folded.get_submodule(norm_name)
+        gamma = original.get_submodule(norm_name).weight
+        was, now = original.get_submodule(name).codes(), layer.codes()
+        signs = torch.where(gamma < 0, -1, 1)
+        shape = [1] * now.dim()
+        shape[layer.output_axis] = -1
+        flipped = (signs if closed else torch.ones_like(signs)).reshape(shape)
+        offset = layer.slope_spec.weight_codes.offset
+        mask = True if layer.mask is None else layer.mask
+        kept = (gamma != 0).reshape(shape).expand_as(now) & mask
+        assert torch.equal((now + offset)[kept], ((was + offset) * flipped)[kept]), name
+        assert torch.equal(norm.weight, torch.ones_like(gamma) if closed else signs.float())
+        assert not norm.running_mean.any() and len(norm.running_var.unique()) == 1
+    # And in a file: only the bias is left of each norm.
+    length = save_packed(original, tmp_path / 'whole')
+    assert save_packed(folded, tmp_path / 'folded') < length
+    loaded = load_packed(tmp_path / 'folded', Net().eval())
+    assert torch.equal(loaded(x), folded(x))
+
+
+def test_without_quantized_inputs_the_difference_is_rounding(net: nn.Module) -> None:
+    model, x = slope_mm.convert(net, dict(weight=dict(sparsity='2:4', bits=4))).eval(), image()
+    expected = model(x)
+    folded = slope_mm.fold_batch_norms(model)
+    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
+    stock = Net().eval()
+    stock.load_state_dict(slope_mm.bake(folded).state_dict(), strict=True)
+    assert torch.equal(stock(x), folded(x))
+
+
+def test_weights_at_full_precision_are_folded_too(net: nn.Module) -> None:
+    model, x = slope_mm.convert(net, dict(weight=dict(sparsity='2:4'))).eval(), image()
+    expected = model(x)
+    masks = {n: la.mask for n, la in slope_mm.compressed_layers(model).items()}
+    folded = slope_mm.fold_batch_norms(model)
+    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
+    for name, layer in slope_mm.compressed_layers(folded).items():
+        assert layer.mask is None or torch.equal(layer.mask, masks[name])
+
+
+def test_one_step_for_a_tensor_cannot_take_a_factor_for_each_channel(net: nn.Module) -> None:
+    model = slope_mm.convert(net, dict(weight=dict(bits=4, step='tensor')))
+    assert batch_norm_pairs(model) == []
+    with pytest.raises(SlopeError, match='leave folding out'):
+        slope_mm.fold_batch_norms(model)
