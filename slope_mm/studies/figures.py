@@ -1,0 +1,355 @@
+"""A study's pictures: accuracy against size, bits, N:M and lambda, and curves over iterations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slope_mm.analysis.figures import save_figure
+from slope_mm.ops import parse_pattern
+from slope_mm.studies.results import Results
+from slope_mm.studies.statistics import Summary, summarize
+from slope_mm.studies.study import FigureSpec, Study, Task
+from slope_mm.studies.tables import metric_label
+
+# Okabe and Ito's, without the yellow: distinguishable also without colour vision.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000', '#7F7F7F')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
+PANEL = (4.6, 3.7)
+CURVES = {
+    'cosine': 'mean cosine of W and Ŵ',
+    'sqnr_db': 'mean SQNR (dB)',
+    'flip_rate': 'mask flips since the last look (%)',
+}
+# Sizes closer than this share a label.
+SAME_SIZE = 1.12
+
+
+def draw_figures(study: Study, results: Results, folder: Path) -> list[Path]:
+    """Draws all figures of a study, one file a figure and task.
+
+    Returns:
+        The files; figures without a single point are left out.
+    """
+    written = []
+    for spec in study.figures:
+        for task in study.tasks:
+            if spec.tasks is not None and task.name not in spec.tasks:
+                continue
+            path = folder / f'{spec.name}_{task.name}.png'
+            if DRAWERS[spec.kind](spec, task, results, path):
+                written.append(path)
+    return written
+
+
+def _figure(panels: int, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(PANEL[0] * panels, height), layout='constrained')
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for one in axes:
+        one.grid(alpha=0.25, linewidth=0.6)
+        one.spines[['top', 'right']].set_visible(False)
+    return figure, list(axes)
+
+
+def _finish(figure: Any, axes: Sequence[Any], spec: FigureSpec, task: Task, path: Path) -> bool:
+    """Legend below all panels, title above, file."""
+    entries: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc='outside lower center',
+        ncols=min(len(entries), 2 * len(axes)),
+        frameon=False,
+        fontsize=9,
+    )
+    figure.suptitle(f'{spec.title} ({task.title})' if spec.title else task.title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+    return True
+
+
+def _points(
+    results: Results,
+    task: Task,
+    arms: Sequence[str],
+    metric: str,
+    where: Callable[[Mapping[str, Any]], Any],
+) -> list[tuple[Any, Summary, str]]:
+    """(x, summary of the metric, arm) of the arms that have rows."""
+    found = []
+    for arm in arms:
+        values = results.by_seed(task.name, arm, metric)
+        if values:
+            x = where(results.of(task.name, arm)[0])
+            found.append((x, summarize(list(values.values())), arm))
+    return found
+
+
+def _reference(axes: Any, results: Results, task: Task, spec: FigureSpec, metric: str) -> None:
+    if spec.reference is None:
+        return
+    values = results.by_seed(task.name, spec.reference, metric)
+    if not values:
+        return
+    summary = summarize(list(values.values()))
+    axes.axhline(summary.mean, color='0.35', linestyle='--', linewidth=1, label=spec.reference)
+    if summary.deviation:
+        low, high = summary.mean - summary.deviation, summary.mean + summary.deviation
+        axes.axhspan(low, high, color='0.35', alpha=0.1, linewidth=0)
+
+
+def _series(
+    axes: Any, index: int, label: str, points: Sequence[tuple[float, Summary]], line: str = '-'
+) -> None:
+    axes.errorbar(
+        [x for x, _ in points],
+        [summary.mean for _, summary in points],
+        [summary.deviation or 0.0 for _, summary in points],
+        color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle=line,
+        markersize=5,
+        linewidth=1.3,
+        capsize=2.5,
+        label=label,
+    )
+
+
+def _draw_size(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
+    """Accuracy against size in MB, logarithmic; error bars are standard deviations."""
+    figure, axes = _figure(len(task.metrics), PANEL[1] + 0.5)
+    any_points = False
+    for one, metric in zip(axes, task.metrics, strict=True):
+        _reference(one, results, task, spec, metric)
+        labels: list[tuple[float, str]] = []
+        for index, (label, arms) in enumerate(spec.series.items()):
+            points = _points(results, task, arms, metric, lambda row: row)
+            placed = []
+            for row, summary, _ in sorted(points, key=lambda point: point[0]['bytes']):
+                size = row['bytes'] / 1e6
+                labels.append((size, setting(row)))
+                # Arms of one size would hide each other.
+                dodge = 1 + 0.018 * (index - (len(spec.series) - 1) / 2)
+                placed.append((size * dodge, summary))
+            if placed:
+                any_points = True
+                _series(one, index, label, placed, '')
+        one.set_xscale('log')
+        _plain_log_ticks(one)
+        one.set_ylabel(metric_label(metric))
+        one.set_xlabel(_size_label(results, task))
+        _name_sizes(one, labels)
+    return any_points and _finish(figure, axes, spec, task, path)
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """``'2:4 W4 A4'``, ``'dense W2'``, ``'fp32'``: what a row's weights and inputs are."""
+    if row['sparsity'] is None and row['bits'] is None:
+        return 'fp32'
+    parts = [row['sparsity'] or 'dense', f'W{row["bits"] or 32}']
+    if row['activation_bits'] is not None:
+        parts.append(f'A{row["activation_bits"]}')
+    return ' '.join(parts)
+
+
+def _size_label(results: Results, task: Task) -> str:
+    sources = {
+        row['bytes_from'] for row in results.rows if row['task'] == task.name and row['bits']
+    }
+    return 'file (MB)' if sources == {'file'} else 'calculated size (MB)'
+
+
+def _plain_log_ticks(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_sizes(axes: Any, labels: Sequence[tuple[float, str]]) -> None:
+    """Says above the plot which setting has which size; near ones share a place."""
+    groups: list[tuple[list[float], list[str]]] = []
+    for size, text in sorted(set(labels)):
+        if groups and size / groups[-1][0][0] < SAME_SIZE:
+            groups[-1][0].append(size)
+            if text not in groups[-1][1]:
+                groups[-1][1].append(text)
+        else:
+            groups.append(([size], [text]))
+    top = axes.secondary_xaxis('top')
+    top.set_xscale('log')
+    places = [math.sqrt(sizes[0] * sizes[-1]) for sizes, _ in groups]
+    top.minorticks_off()
+    top.set_xticks(
+        places,
+        ['\n'.join(texts) for _, texts in groups],
+        fontsize=7,
+        rotation=90,
+        ha='center',
+        linespacing=1.0,
+    )
+    top.tick_params(length=2, color='0.6')
+    top.spines['top'].set_visible(False)
+    for place in places:
+        axes.axvline(place, color='0.85', linewidth=0.8, zorder=0)
+
+
+def _draw_bits(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
+    """Accuracy against weight bits; full precision counts as 32 and stands at the right end."""
+    found = {
+        row['bits'] or 32
+        for arms in spec.series.values()
+        for arm in arms
+        for row in results.of(task.name, arm)
+    }
+    order = sorted(found)
+    names = ['fp32' if bits == 32 else str(bits) for bits in order]
+    return _categories(
+        spec, task, results, path, order, names, lambda row: row['bits'] or 32, 'weight bits'
+    )
+
+
+def _draw_sparsity(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
+    """Accuracy against the pattern, densest first."""
+    found = {
+        row['sparsity'] or 'dense'
+        for arms in spec.series.values()
+        for arm in arms
+        for row in results.of(task.name, arm)
+    }
+
+    def key(name: str) -> tuple[float, bool, int, str]:
+        if name == 'dense':
+            return -1.0, False, 0, name
+        group = 0 if name.startswith('unstructured') else int(name.split(':')[1])
+        return -parse_pattern(name).density, group == 0, -group, name
+
+    order = sorted(found, key=key)
+    names = [
+        f'unstr.\n{float(name.split(":")[1]):.0%}' if name.startswith('unstructured') else name
+        for name in order
+    ]
+    label = 'pattern (kept : group)'
+    return _categories(
+        spec, task, results, path, order, names, lambda row: row['sparsity'] or 'dense', label
+    )
+
+
+def _categories(
+    spec: FigureSpec,
+    task: Task,
+    results: Results,
+    path: Path,
+    order: Sequence[Any],
+    names: Sequence[str],
+    where: Callable[[Mapping[str, Any]], Any],
+    label: str,
+) -> bool:
+    """Accuracy against categories, evenly spaced."""
+    if not order:
+        return False
+    figure, axes = _figure(len(task.metrics))
+    for one, metric in zip(axes, task.metrics, strict=True):
+        _reference(one, results, task, spec, metric)
+        for index, (series, arms) in enumerate(spec.series.items()):
+            points = _points(results, task, arms, metric, where)
+            # Side by side, so that error bars do not hide each other.
+            dodge = 0.06 * (index - (len(spec.series) - 1) / 2)
+            placed = sorted(
+                (order.index(x) + dodge, summary.mean, summary) for x, summary, _ in points
+            )
+            if placed:
+                _series(one, index, series, [(x, summary) for x, _, summary in placed])
+        one.set_xticks(range(len(order)), names)
+        one.set_xlim(-0.4, len(order) - 0.6)
+        one.set_xlabel(label)
+        one.set_ylabel(metric_label(metric))
+    return _finish(figure, axes, spec, task, path)
+
+
+def _draw_lambda(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
+    """Accuracy and cosine against lambda, logarithmic, with lambda = 0 set apart at the left."""
+    rows = [
+        row for arms in spec.series.values() for arm in arms for row in results.of(task.name, arm)
+    ]
+    positive = [row['lambda'] for row in rows if row.get('lambda')]
+    if not positive:
+        return False
+    zero = min(positive) / 10
+    panels = {**{m: metric_label(m) for m in task.metrics}, 'cosine': CURVES['cosine']}
+    figure, axes = _figure(len(panels))
+    for one, (metric, label) in zip(axes, panels.items(), strict=True):
+        if metric in task.metrics:
+            _reference(one, results, task, spec, metric)
+        for index, (series, arms) in enumerate(spec.series.items()):
+            points = _points(results, task, arms, metric, lambda row: row.get('lambda') or zero)
+            dodge = 10 ** (0.04 * (index - (len(spec.series) - 1) / 2))
+            placed = sorted((x * dodge, summary.mean, summary) for x, summary, _ in points)
+            if placed:
+                _series(one, index, series, [(x, summary) for x, _, summary in placed])
+        one.set_xscale('log')
+        exponents = range(
+            math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1
+        )
+        ticks = [10.0**exponent for exponent in exponents]
+        one.set_xticks([zero, *ticks], ['0', *(f'{tick:g}' for tick in ticks)])
+        one.minorticks_off()
+        one.axvline(zero * math.sqrt(10), color='0.7', linewidth=0.8, linestyle=':')
+        one.set_xlabel('λ')
+        one.set_ylabel(label)
+    return _finish(figure, axes, spec, task, path)
+
+
+def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
+    """Cosine, SQNR and flip rate over the iterations: mean over seeds, with the deviation."""
+    figure, axes = _figure(len(CURVES))
+    drawn = False
+    for one, (key, label) in zip(axes, CURVES.items(), strict=True):
+        scale = 100.0 if key == 'flip_rate' else 1.0
+        for index, (series, arms) in enumerate(spec.series.items()):
+            looks: dict[int, list[float]] = {}
+            for arm in arms:
+                for row in results.of(task.name, arm):
+                    curves = row['curves']
+                    for iteration, value in zip(curves['iter'], curves.get(key, []), strict=False):
+                        if value is not None:
+                            looks.setdefault(int(iteration), []).append(value * scale)
+            if not looks:
+                continue
+            drawn = True
+            iterations = sorted(looks)
+            summaries = [summarize(looks[i]) for i in iterations]
+            means = [summary.mean for summary in summaries]
+            spread = [summary.deviation or 0.0 for summary in summaries]
+            colour = COLOURS[index % len(COLOURS)]
+            one.plot(iterations, means, color=colour, linewidth=1.4, label=series)
+            one.fill_between(
+                iterations,
+                [m - s for m, s in zip(means, spread, strict=True)],
+                [m + s for m, s in zip(means, spread, strict=True)],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
+        one.set_xlabel('iteration')
+        one.set_ylabel(label)
+        if key == 'flip_rate':
+            one.set_ylim(bottom=0)
+    return drawn and _finish(figure, axes, spec, task, path)
+
+
+DRAWERS: dict[str, Callable[[FigureSpec, Task, Results, Path], bool]] = {
+    'size': _draw_size,
+    'bits': _draw_bits,
+    'sparsity': _draw_sparsity,
+    'lambda': _draw_lambda,
+    'curves': _draw_curves,
+}
