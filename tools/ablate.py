@@ -27,9 +27,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--quick', action='store_true', help="the study's short form")
     parser.add_argument('--report-only', action='store_true', help='redraw from results.json')
     parser.add_argument('--plan', action='store_true', help='list what would run, and stop')
-    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/studies/STUDY')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/studies')
     parser.add_argument(
-        '--out', type=Path, help='folder of results.json, results.md and figures; default: work dir'
+        '--out',
+        type=Path,
+        help='folder of results.json, results.md and figures; default: WORK_DIR/STUDY',
     )
     parser.add_argument('--arms', nargs='+', help='only these arms (names or patterns)')
     parser.add_argument('--tasks', nargs='+', help='only these tasks')

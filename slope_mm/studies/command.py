@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+from mmengine.logging import MMLogger
 
 from slope_mm.analysis.interplay import layer_errors
 from slope_mm.engine import launch
@@ -53,13 +58,17 @@ def run_study(options: Options) -> bool:
         KeyboardInterrupt: After an interruption, with the results so far saved.
     """
     study = read_study(study_path(options.study), options.quick)
-    work_dir = options.work_dir or WORK_DIRS / study.name
-    out = options.out or work_dir
+    work_dir = options.work_dir or WORK_DIRS
+    out = options.out or work_dir / study.name
     line = ProgressLine()
     if options.report_only:
-        results = read_results(out, study)
-        draw(study, results, out, line)
+        draw(study, read_results(out, study), out, line)
         return True
+    with quiet():
+        return _run(study, options, work_dir, out, line)
+
+
+def _run(study: Study, options: Options, work_dir: Path, out: Path, line: ProgressLine) -> bool:
     launcher = Launcher(options.launcher, options.processes, options.partition, options.threads)
     trials, skipped = plan_trials(study, work_dir)
     chosen = selected(trials, study, options)
@@ -77,7 +86,7 @@ def run_study(options: Options) -> bool:
     def save(so_far: Results) -> None:
         so_far.write(out)
 
-    with locked(work_dir, wait_for_it=False):
+    with locked(work_dir / study.name, wait_for_it=False):
         # Rows of trials that are not chosen now stay, where they are this study's.
         runner.run_all(
             trials if chosen == trials else in_order(trials, chosen, results), results, save
@@ -87,6 +96,19 @@ def run_study(options: Options) -> bool:
             save(results)
     draw(study, results, out, line)
     return not results.failed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what mmengine and pycocotools say while models are built and measured."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def study_path(given: Path) -> Path:

@@ -123,7 +123,27 @@ def _series(
 
 
 def _draw_size(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
-    """Accuracy against size in MB, logarithmic; error bars are standard deviations."""
+    """Accuracy against size in MB."""
+    sources = {r['bytes_from'] for r in results.rows if r['task'] == task.name and r['bits']}
+    label = 'file (MB)' if sources == {'file'} else 'calculated size (MB)'
+    return _draw_cost(spec, task, results, path, lambda row: row['bytes'] / 1e6, label)
+
+
+def _draw_operations(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
+    """Accuracy against the bit operations of an image."""
+    label = 'bit operations an image (10⁹)'
+    return _draw_cost(spec, task, results, path, lambda row: row['gbops'], label)
+
+
+def _draw_cost(
+    spec: FigureSpec,
+    task: Task,
+    results: Results,
+    path: Path,
+    cost: Callable[[Mapping[str, Any]], float],
+    label_of_cost: str,
+) -> bool:
+    """Accuracy against a cost, logarithmic; error bars are standard deviations."""
     figure, axes = _figure(len(task.metrics), PANEL[1] + 0.5)
     any_points = False
     for one, metric in zip(axes, task.metrics, strict=True):
@@ -132,8 +152,8 @@ def _draw_size(spec: FigureSpec, task: Task, results: Results, path: Path) -> bo
         for index, (label, arms) in enumerate(spec.series.items()):
             points = _points(results, task, arms, metric, lambda row: row)
             placed = []
-            for row, summary, _ in sorted(points, key=lambda point: point[0]['bytes']):
-                size = row['bytes'] / 1e6
+            for row, summary, _ in sorted(points, key=lambda point: cost(point[0])):
+                size = cost(row)
                 labels.append((size, setting(row)))
                 # Arms of one size would hide each other.
                 dodge = 1 + 0.018 * (index - (len(spec.series) - 1) / 2)
@@ -144,7 +164,7 @@ def _draw_size(spec: FigureSpec, task: Task, results: Results, path: Path) -> bo
         one.set_xscale('log')
         _plain_log_ticks(one)
         one.set_ylabel(metric_label(metric))
-        one.set_xlabel(_size_label(results, task))
+        one.set_xlabel(label_of_cost)
         _name_sizes(one, labels)
     return any_points and _finish(figure, axes, spec, task, path)
 
@@ -157,13 +177,6 @@ def setting(row: Mapping[str, Any]) -> str:
     if row['activation_bits'] is not None:
         parts.append(f'A{row["activation_bits"]}')
     return ' '.join(parts)
-
-
-def _size_label(results: Results, task: Task) -> str:
-    sources = {
-        row['bytes_from'] for row in results.rows if row['task'] == task.name and row['bits']
-    }
-    return 'file (MB)' if sources == {'file'} else 'calculated size (MB)'
 
 
 def _plain_log_ticks(axes: Any) -> None:
@@ -348,6 +361,7 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
 
 DRAWERS: dict[str, Callable[[FigureSpec, Task, Results, Path], bool]] = {
     'size': _draw_size,
+    'operations': _draw_operations,
     'bits': _draw_bits,
     'sparsity': _draw_sparsity,
     'lambda': _draw_lambda,

@@ -28,7 +28,7 @@ from slope_mm.studies.measure import (
 from slope_mm.studies.processes import Interrupted, Launcher, Processes, progress_of
 from slope_mm.studies.progress import Estimator, ProgressLine, clock, remaining_seconds
 from slope_mm.studies.results import Results, finished_rows, write_text
-from slope_mm.studies.trials import RESULT, START, Trial, length
+from slope_mm.studies.trials import RESULT, Trial, length
 
 CONFIG = 'config.py'
 SECONDS = 'seconds.json'
@@ -106,7 +106,7 @@ class Runner:
         spent = json.loads((trial.folder / SECONDS).read_text())
         return {
             'task': trial.task.name,
-            'arm': trial.arm.name if trial.arm else START,
+            'arm': trial.arm_name,
             'seed': trial.seed,
             **metrics_of(trial.folder / 'test', trial.task.metrics),
             **measured(trial),
@@ -244,7 +244,7 @@ class Runner:
         results.failed.append(
             {
                 'task': trial.task.name,
-                'arm': trial.arm.name if trial.arm else START,
+                'arm': trial.arm_name,
                 'seed': trial.seed,
                 'error': error,
             }

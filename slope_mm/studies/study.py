@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,7 @@ class Task:
     """A model on a data set: what an arm is tried on.
 
     Attributes:
-        name: Short name; a folder and a key in ``results.json``.
+        name: Short name, also in ``results.json``.
         config: The fp32 config whose schedule all arms share.
         metrics: Name in the results -> name in the evaluator's metrics.
         start: What arms start from; None takes the config's own ``load_from``.
@@ -72,11 +71,6 @@ class Arm:
     seeds: tuple[int, ...] | None = None
     tasks: tuple[str, ...] | None = None
 
-    @property
-    def folder(self) -> str:
-        """The name as part of a path."""
-        return re.sub(r'[^A-Za-z0-9.]+', '_', self.name).strip('_')
-
 
 @dataclass(frozen=True)
 class Table:
@@ -108,6 +102,28 @@ class FigureSpec:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Arms whose accuracies show whether sparsity and quantization add up (arXiv 2405.20935).
+
+    Attributes:
+        dense: Neither.
+        sparse: Sparsity alone.
+        quantized: Quantization alone.
+        combined: Both, in any order.
+    """
+
+    dense: str
+    sparse: str
+    quantized: str
+    combined: tuple[str, ...]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.dense, self.sparse, self.quantized, *self.combined)
+
+
+@dataclass(frozen=True)
 class Study:
     """A checked study file."""
 
@@ -119,6 +135,7 @@ class Study:
     figures: tuple[FigureSpec, ...]
     interplay: Mapping[str, tuple[Any, ...]] | None = None
     not_run: str | None = None
+    thresholds: tuple[Threshold, ...] = ()
 
     def arm(self, name: str) -> Arm:
         """The arm of a name."""

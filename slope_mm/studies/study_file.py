@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from slope_mm.engine.hooks import SlopeScheduleHook
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError, RecipeError, SlopeError, nearest
 from slope_mm.recipe import Recipe
-from slope_mm.studies.study import Arm, FigureSpec, Start, Study, Table, Task
+from slope_mm.studies.study import Arm, FigureSpec, Start, Study, Table, Task, Threshold
 
 STUDY_KEYS = (
     'title',
@@ -42,6 +43,7 @@ STUDY_KEYS = (
     'tables',
     'figures',
     'interplay',
+    'thresholds',
     'quick',
     'not_run',
 )
@@ -50,8 +52,9 @@ START_KEYS = ('config', 'checkpoint', 'options', 'per_seed')
 ARM_KEYS = ('name', 'recipe', 'regularizer', 'schedule', 'options', 'seeds', 'tasks')
 TABLE_KEYS = ('title', 'arms', 'against', 'reference')
 FIGURE_KEYS = ('kind', 'name', 'series', 'title', 'reference', 'tasks')
-FIGURE_KINDS = ('size', 'bits', 'sparsity', 'lambda', 'curves')
+FIGURE_KINDS = ('size', 'operations', 'bits', 'sparsity', 'lambda', 'curves')
 QUICK_KEYS = ('tasks', 'seeds', 'arms')
+THRESHOLD_KEYS = ('dense', 'sparse', 'quantized', 'combined')
 INTERPLAY_KEYS = ('sparsity', 'bits')
 SCHEDULE_KEYS = tuple(inspect.signature(SlopeScheduleHook).parameters)
 
@@ -104,7 +107,6 @@ def parse_study(given: Mapping[str, Any], name: str, quick: bool = False) -> Stu
     seeds = _seeds(given.get('seeds', [0]), 'seeds')
     arms = [_arm(arm, index) for index, arm in enumerate(_list(given['arms'], 'arms'))]
     _unique([arm.name for arm in arms], 'arms', 'name')
-    _unique([arm.folder for arm in arms], 'arms', 'name as a folder')
     parsed = [_task(key, value, seeds) for key, value in tasks.items()]
     names = [arm.name for arm in arms]
     for arm in arms:
@@ -122,6 +124,10 @@ def parse_study(given: Mapping[str, Any], name: str, quick: bool = False) -> Stu
         ),
         _interplay(given.get('interplay')),
         given.get('not_run'),
+        tuple(
+            _threshold(t, i, names)
+            for i, t in enumerate(_list(given.get('thresholds', []), 'thresholds'))
+        ),
     )
     _unique([figure.name for figure in study.figures], 'figures', 'name')
     return _shortened(study, short, tasks) if quick else study
@@ -136,17 +142,35 @@ def _shortened(study: Study, short: Mapping[str, Any], tasks: Mapping[str, Any])
         merged = Config(dict(tasks[name]))
         merged.merge_from_dict(dict(change))
         changed.append(_task(name, {**merged.to_dict(), 'seeds': list(seeds)}, seeds))
-    arms = matching(short.get('arms', ['*']), [arm.name for arm in study.arms], 'quick: arms')
-    kept = tuple(arm for arm in study.arms if arm.name in arms)
-    return Study(
-        f'{study.name}_quick',
-        f'{study.title} (short form)',
-        tuple(changed) or study.tasks,
-        kept,
-        study.tables,
-        study.figures,
-        study.interplay,
-        study.not_run,
+    names = [arm.name for arm in study.arms]
+    arms = set(matching(short.get('arms', ['*']), names, 'quick: arms'))
+    return replace(
+        study,
+        name=f'{study.name}_quick',
+        title=f'{study.title} (short form)',
+        tasks=tuple(changed) or tuple(replace(task, seeds=seeds) for task in study.tasks),
+        arms=tuple(arm for arm in study.arms if arm.name in arms),
+        tables=tuple(
+            replace(
+                table,
+                arms=tuple(name for name in table.arms if name in arms),
+                reference=table.reference if table.reference in arms else None,
+            )
+            for table in study.tables
+            if table.against in arms and arms.intersection(table.arms)
+        ),
+        figures=tuple(
+            replace(
+                figure,
+                series={
+                    label: tuple(name for name in names if name in arms)
+                    for label, names in figure.series.items()
+                    if arms.intersection(names)
+                },
+            )
+            for figure in study.figures
+        ),
+        thresholds=tuple(t for t in study.thresholds if arms.issuperset(t.arms)),
     )
 
 
@@ -312,3 +336,14 @@ def _interplay(given: Any) -> Mapping[str, tuple[Any, ...]] | None:
         return None
     plain = _known(given, INTERPLAY_KEYS, 'interplay')
     return {key: tuple(_list(plain.get(key, ()), f'interplay: {key}')) for key in INTERPLAY_KEYS}
+
+
+def _threshold(given: Any, index: int, names: Sequence[str]) -> Threshold:
+    where = f'threshold {index}'
+    threshold = _known(given, THRESHOLD_KEYS, where)
+    single = {
+        key: _one_of(threshold.get(key), names, f'{where}: {key}')
+        for key in ('dense', 'sparse', 'quantized')
+    }
+    combined = matching(threshold.get('combined', ()), names, f'{where}: combined')
+    return Threshold(**single, combined=combined)

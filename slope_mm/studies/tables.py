@@ -54,7 +54,7 @@ def _task(study: Study, task: Task, results: Results) -> list[str]:
         drawn = table_lines(study, table, task, results)
         if drawn:
             lines += [*([f'### {table.title}', ''] if table.title else []), *drawn, '']
-    return lines
+    return lines + threshold_lines(study, task, results)
 
 
 def table_lines(study: Study, table: Table, task: Task, results: Results) -> list[str]:
@@ -93,6 +93,42 @@ def table_lines(study: Study, table: Table, task: Task, results: Results) -> lis
             f'{MARK} start, schedule, optimizer or data differ from those of {table.against}.',
         ]
     return lines
+
+
+def threshold_lines(study: Study, task: Task, results: Results) -> list[str]:
+    """Measured accuracy of combinations against the one at which the single losses add up.
+
+    The threshold is ``sparse + quantized - dense``, seed by seed; below it the combination loses
+    more than both alone.
+    """
+    metrics = list(task.metrics)
+    header = ['combination']
+    for metric in metrics:
+        header += [f'{metric_label(metric)}: losses added', 'measured', 'difference, 95 %']
+    lines: list[str] = []
+    for threshold in study.thresholds:
+        for name in threshold.combined:
+            cells = [name]
+            for metric in metrics:
+                own, dense, sparse, quantized = (
+                    results.by_seed(task.name, arm, metric)
+                    for arm in (name, threshold.dense, threshold.sparse, threshold.quantized)
+                )
+                common = own.keys() & dense.keys() & sparse.keys() & quantized.keys()
+                added = {s: sparse[s] + quantized[s] - dense[s] for s in common}
+                measured = {s: own[s] for s in common}
+                cells += [_spread(metric, added), _spread(metric, measured)]
+                cells.append(_difference(metric, paired_difference(measured, added)))
+            lines.append(_row(cells))
+    if not lines:
+        return []
+    return [
+        *('### Do the losses of sparsity and quantization add up?', ''),
+        *(_row(header), '|' + '---|' * len(header), *lines, ''),
+        'Losses added: sparse + quantized − dense (arXiv 2405.20935’s orthogonality threshold);'
+        ' a negative difference is a loss beyond it.',
+        '',
+    ]
 
 
 def _differs(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> bool:

@@ -17,6 +17,7 @@ from slope_mm.errors import ConfigError, DataError, SlopeError, nearest
 from slope_mm.studies.study import Arm, Start, Study, Task
 
 START = 'start'
+RUNS = 'runs'
 WEIGHTS = 'model.pth'
 RESULT = 'result.json'
 # What a config says about where things lie, which changes no result.
@@ -52,7 +53,12 @@ class Trial:
     @property
     def name(self) -> str:
         """For people."""
-        return f'{self.task.name} / {self.arm.name if self.arm else START} / seed {self.seed}'
+        return f'{self.task.name} / {self.arm_name} / seed {self.seed}'
+
+    @property
+    def arm_name(self) -> str:
+        """The arm's name, or that of starts."""
+        return self.arm.name if self.arm else START
 
     @property
     def weights(self) -> Path:
@@ -65,7 +71,8 @@ class Trial:
         if not path.exists() or (self.arm is None and not self.weights.exists()):
             return None
         row = json.loads(path.read_text())
-        return row if row.get('config_hash') == self.key else None
+        # Another study may call the same arm otherwise.
+        return {**row, 'task': self.task.name, 'arm': self.arm_name}
 
 
 def length(config: Config) -> tuple[int, str]:
@@ -84,7 +91,7 @@ def plan_trials(study: Study, work_dir: Path) -> tuple[list[Trial], dict[str, st
 
     Args:
         study: The study.
-        work_dir: The study's folder. Starts lie beside it, for all studies.
+        work_dir: The folder of all studies' runs; equal trials of different studies are one run.
 
     Returns:
         The trials without their starts (see :attr:`Trial.start`), and for each task that cannot
@@ -107,7 +114,7 @@ def plan_trials(study: Study, work_dir: Path) -> tuple[list[Trial], dict[str, st
                     continue
                 origin = seed if task.start and task.start.per_seed else task.seeds[0]
                 if origin not in starts:
-                    starts[origin] = start_trial(task, origin, work_dir.parent / 'starts')
+                    starts[origin] = start_trial(task, origin, work_dir)
                 first = seed == study.seeds(task, arm)[0]
                 trials.append(arm_trial(task, arm, seed, starts[origin], work_dir, check=first))
     order = {name: index for index, name in enumerate(task.name for task in study.tasks)}
@@ -157,7 +164,7 @@ def overridden(config: Config, options: Mapping[str, Any], where: str) -> Config
     return config
 
 
-def start_trial(task: Task, seed: int, folder: Path) -> Trial | None:
+def start_trial(task: Task, seed: int, work_dir: Path) -> Trial | None:
     """The training of a task's start; None if there is nothing to train."""
     start = task.start
     if start is None or start.config is None:
@@ -167,7 +174,7 @@ def start_trial(task: Task, seed: int, folder: Path) -> Trial | None:
     config = without_validation(config)
     config.randomness = {**config.get('randomness', {}), 'seed': seed}
     key = hash_of({'config': described(config), 'data': task.shapes, 'metrics': task.metrics})
-    place = folder / f'{task.name}_seed_{seed}_{key[:8]}'
+    place = work_dir / RUNS / f'{task.name}_start_seed_{seed}_{key}'
     return Trial(task, None, seed, placed(config, place), key, key, place)
 
 
@@ -181,7 +188,7 @@ def arm_trial(
         arm: Arm.
         seed: Seed.
         start: The trial that trains its start, or None.
-        work_dir: The study's folder.
+        work_dir: The folder of all runs.
         check: Build its model once, to see whether the recipe fits.
 
     Raises:
@@ -205,7 +212,7 @@ def arm_trial(
         k: v for k, v in optimizer.items() if k in ('optimizer', 'clip_grad', 'accumulative_counts')
     }
     schedule_key = hash_of({**schedule, 'start': origin, 'data': task.shapes})
-    folder = work_dir / task.name / arm.folder / f'seed_{seed}_{key[:8]}'
+    folder = work_dir / RUNS / f'{task.name}_seed_{seed}_{key}'
     config = placed(config, folder)
     if start is not None:
         config.load_from = str(start.weights)
