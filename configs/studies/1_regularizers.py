@@ -38,14 +38,6 @@ tables = [
         reference='fp32',
     ),
     dict(
-        title='SLOPE against L2',
-        arms=['SLOPE 2:4 W4'],
-        against='L2 2:4 W4',
-        reference='fp32',
-    ),
-    dict(arms=['SLOPE 2:4 W2'], against='L2 2:4 W2', reference='fp32'),
-    dict(arms=['SLOPE 2:4 W4A4'], against='L2 2:4 W4A4', reference='fp32'),
-    dict(
         title='Detection, W4',
         arms=['fp32', 'dense W4', 'naive 2:4 W4', 'SLOPE 2:4 W4'],
         against='dense W4',
@@ -58,10 +50,12 @@ tables = [
         reference='fp32',
     ),
     dict(
-        title='Detection, A4/W4, against naive',
-        arms=['L2 2:4 W4A4', 'SLOPE 2:4 W4A4'],
-        against='naive 2:4 W4A4',
-        reference='fp32',
+        title='The order of the paper: SLOPE above L2 above naive',
+        pairs=[
+            [f'{_arm} 2:4 {_bits}', f'{_base} 2:4 {_bits}']
+            for _bits in ('W4', 'W2', 'W4A4')
+            for _arm, _base in (('SLOPE', 'naive'), ('SLOPE', 'L2'), ('L2', 'naive'))
+        ],
     ),
 ]
 _series = dict(dense=['dense*'], naive=['naive*'], L2=['L2*'], SLOPE=['SLOPE*'])

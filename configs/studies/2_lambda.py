@@ -21,6 +21,7 @@ _decades = dict(
     AdamW=[0.01, 0.1, 1.0, 10.0, 100.0, 1000.0], SGD=[0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0]
 )
 _middle = dict(AdamW=[0.1, 1.0, 10.0, 100.0], SGD=[1.0, 10.0, 100.0, 1000.0])
+_three = {_o: _l[:3] for _o, _l in _middle.items()}
 
 
 def _arm(name, recipe, optimizer, regularizer=None, **more):
@@ -50,19 +51,19 @@ arms += [
         dict(type='cosine', weight=_l, granularity='filter'),
     )
     for _o in _optimizers
-    for _l in _middle[_o]
+    for _l in _three[_o]
 ]
 arms += [
     _arm(f'2:4 W2 {_o} ste {_l:g}', '2:4 W2', _o, dict(type='cosine', weight=_l, gradient='ste'))
     for _o in _optimizers
-    for _l in _middle[_o][:3]
+    for _l in _three[_o]
 ]
 # Other severities.
 arms += [
     _arm(f'{_r} {_o} cosine {_l:g}', _r, _o, dict(type='cosine', weight=_l))
     for _r in ('2:8 W2', '2:4 W4A4')
     for _o in _optimizers
-    for _l in _middle[_o]
+    for _l in _three[_o]
 ]
 # Warm-up and decay, at a lambda that is felt.
 arms += [
@@ -137,7 +138,7 @@ figures = (
             title=f'Cosine by layer, {_o}',
             reference=f'fp32 {_o}',
             series={
-                _r: [f'{_r} {_o} naive', *(f'{_r} {_o} cosine {_l:g}' for _l in _middle[_o])]
+                _r: [f'{_r} {_o} naive', *(f'{_r} {_o} cosine {_l:g}' for _l in _three[_o])]
                 for _r in _recipes
             },
         )

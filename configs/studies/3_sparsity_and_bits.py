@@ -32,17 +32,15 @@ tables = [
         reference='fp32',
     ),
     dict(
-        title='N:M against unstructured at equal density',
-        arms=['naive 2:4 W4', 'naive 4:8 W4'],
-        against='naive unstructured:0.5 W4',
-        reference='fp32',
+        title='N:M against unstructured at equal density, without a regularizer',
+        pairs=[
+            ['naive 2:4 W4', 'naive unstructured:0.5 W4'],
+            ['naive 4:8 W4', 'naive unstructured:0.5 W4'],
+            ['naive 1:4 W4', 'naive unstructured:0.25 W4'],
+            ['naive 2:8 W4', 'naive unstructured:0.25 W4'],
+            ['naive 2:16 W4', 'naive unstructured:0.125 W4'],
+        ],
     ),
-    dict(
-        arms=['naive 1:4 W4', 'naive 2:8 W4'],
-        against='naive unstructured:0.25 W4',
-        reference='fp32',
-    ),
-    dict(arms=['naive 2:16 W4'], against='naive unstructured:0.125 W4', reference='fp32'),
     dict(
         title='Bits at 2:4, without a regularizer',
         arms=[f'naive 2:4 W{_b}' for _b in (8, 6, 4, 3, 2)],
@@ -56,15 +54,8 @@ tables = [
         reference='fp32',
     ),
     dict(
-        title='Does the regularizer help? Level by level',
-        arms=['SLOPE 2:4 W4'],
-        against='naive 2:4 W4',
-        reference='fp32',
-    ),
-    *(
-        dict(arms=[f'SLOPE {_s} W{_b}'], against=f'naive {_s} W{_b}', reference='fp32')
-        for _s, _b in _settings
-        if (_s, _b) != ('2:4', 4)
+        title='Does the regularizer help?',
+        pairs=[[f'SLOPE {_s} W{_b}', f'naive {_s} W{_b}'] for _s, _b in _settings],
     ),
 ]
 figures = [

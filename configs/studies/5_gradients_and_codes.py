@@ -47,11 +47,8 @@ tables = [
     ),
     dict(
         title='Steps by tensor against steps by channel',
-        arms=['one step a tensor W2'],
-        against='lsq W2',
-        reference='fp32',
+        pairs=[[f'one step a tensor W{_b}', f'lsq W{_b}'] for _b in (2, 4)],
     ),
-    dict(arms=['one step a tensor W4'], against='lsq W4', reference='fp32'),
 ]
 figures = [
     dict(

@@ -7,17 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slope_mm.analysis.figures import save_figure
 from slope_mm.ops import parse_pattern
+from slope_mm.studies.panels import (
+    COLOURS,
+    PANEL,
+    draw_reference,
+    draw_series,
+    finish,
+    new_figure,
+    points_of,
+)
 from slope_mm.studies.results import Results
-from slope_mm.studies.statistics import Summary, summarize
+from slope_mm.studies.statistics import summarize
 from slope_mm.studies.study import FigureSpec, Study, Task
 from slope_mm.studies.tables import metric_label
 
-# Okabe and Ito's, without the yellow: distinguishable also without colour vision.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000', '#7F7F7F')
-MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
-PANEL = (4.6, 3.7)
 CURVES = {
     'cosine': 'mean cosine of W and Ŵ',
     'sqnr_db': 'mean SQNR (dB)',
@@ -44,84 +48,6 @@ def draw_figures(study: Study, results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def _figure(panels: int, height: float = PANEL[1]) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(PANEL[0] * panels, height), layout='constrained')
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for one in axes:
-        one.grid(alpha=0.25, linewidth=0.6)
-        one.spines[['top', 'right']].set_visible(False)
-    return figure, list(axes)
-
-
-def _finish(figure: Any, axes: Sequence[Any], spec: FigureSpec, task: Task, path: Path) -> bool:
-    """Legend below all panels, title above, file."""
-    entries: dict[str, Any] = {}
-    for one in axes:
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc='outside lower center',
-        ncols=min(len(entries), 2 * len(axes)),
-        frameon=False,
-        fontsize=9,
-    )
-    figure.suptitle(f'{spec.title} ({task.title})' if spec.title else task.title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
-    return True
-
-
-def _points(
-    results: Results,
-    task: Task,
-    arms: Sequence[str],
-    metric: str,
-    where: Callable[[Mapping[str, Any]], Any],
-) -> list[tuple[Any, Summary, str]]:
-    """(x, summary of the metric, arm) of the arms that have rows."""
-    found = []
-    for arm in arms:
-        values = results.by_seed(task.name, arm, metric)
-        if values:
-            x = where(results.of(task.name, arm)[0])
-            found.append((x, summarize(list(values.values())), arm))
-    return found
-
-
-def _reference(axes: Any, results: Results, task: Task, spec: FigureSpec, metric: str) -> None:
-    if spec.reference is None:
-        return
-    values = results.by_seed(task.name, spec.reference, metric)
-    if not values:
-        return
-    summary = summarize(list(values.values()))
-    axes.axhline(summary.mean, color='0.35', linestyle='--', linewidth=1, label=spec.reference)
-    if summary.deviation:
-        low, high = summary.mean - summary.deviation, summary.mean + summary.deviation
-        axes.axhspan(low, high, color='0.35', alpha=0.1, linewidth=0)
-
-
-def _series(
-    axes: Any, index: int, label: str, points: Sequence[tuple[float, Summary]], line: str = '-'
-) -> None:
-    axes.errorbar(
-        [x for x, _ in points],
-        [summary.mean for _, summary in points],
-        [summary.deviation or 0.0 for _, summary in points],
-        color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)],
-        linestyle=line,
-        markersize=5,
-        linewidth=1.3,
-        capsize=2.5,
-        label=label,
-    )
-
-
 def _draw_size(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
     """Accuracy against size in MB."""
     sources = {r['bytes_from'] for r in results.rows if r['task'] == task.name and r['bits']}
@@ -144,36 +70,56 @@ def _draw_cost(
     label_of_cost: str,
 ) -> bool:
     """Accuracy against a cost, logarithmic; error bars are standard deviations."""
-    figure, axes = _figure(len(task.metrics), PANEL[1] + 0.5)
-    any_points = False
+    figure, axes = new_figure(len(task.metrics), PANEL[1] + 0.5)
+    any_hollow = False
+    named = 0
     for one, metric in zip(axes, task.metrics, strict=True):
-        _reference(one, results, task, spec, metric)
+        draw_reference(one, results, task, spec, metric)
         labels: list[tuple[float, str]] = []
         for index, (label, arms) in enumerate(spec.series.items()):
-            points = _points(results, task, arms, metric, lambda row: row)
-            placed = []
-            for row, summary, _ in sorted(points, key=lambda point: cost(point[0])):
-                size = cost(row)
-                labels.append((size, setting(row)))
-                # Arms of one size would hide each other.
-                dodge = 1 + 0.018 * (index - (len(spec.series) - 1) / 2)
-                placed.append((size * dodge, summary))
-            if placed:
-                any_points = True
-                _series(one, index, label, placed, '')
+            points = points_of(results, task, arms, metric, lambda row: row)
+            # Arms of one cost would hide each other.
+            dodge = 1 + 0.018 * (index - (len(spec.series) - 1) / 2)
+            for hollow in (False, True):
+                placed = [
+                    (cost(row) * dodge, summary)
+                    for row, summary, _ in points
+                    if (row['activation_bits'] is not None) == hollow
+                ]
+                if placed:
+                    face = 'white' if hollow else None
+                    draw_series(one, index, label, placed, '', face)
+                    any_hollow |= hollow
+            labels += [(cost(row), setting(row)) for row, _, _ in points]
         one.set_xscale('log')
+        one.margins(x=0.08)
         _plain_log_ticks(one)
         one.set_ylabel(metric_label(metric))
         one.set_xlabel(label_of_cost)
         _name_sizes(one, labels)
-    return any_points and _finish(figure, axes, spec, task, path)
+        named += len(labels)
+    if any_hollow:
+        axes[0].autoscale(False)
+        axes[0].plot(
+            [], [], 'o', color='0.3', markerfacecolor='white', label='hollow: low-bit inputs'
+        )
+    return named > 0 and finish(figure, axes, spec, task, results, path)
+
+
+def pattern_label(name: str | None) -> str:
+    """``'2:4'``, ``'dense'``, ``'unstr. 12.5 %'``."""
+    if name is None:
+        return 'dense'
+    if name.startswith('unstructured'):
+        return f'unstr. {100 * parse_pattern(name).density:g} %'
+    return name
 
 
 def setting(row: Mapping[str, Any]) -> str:
     """``'2:4 W4 A4'``, ``'dense W2'``, ``'fp32'``: what a row's weights and inputs are."""
     if row['sparsity'] is None and row['bits'] is None:
         return 'fp32'
-    parts = [row['sparsity'] or 'dense', f'W{row["bits"] or 32}']
+    parts = [pattern_label(row['sparsity']), f'W{row["bits"] or 32}']
     if row['activation_bits'] is not None:
         parts.append(f'A{row["activation_bits"]}')
     return ' '.join(parts)
@@ -182,7 +128,7 @@ def setting(row: Mapping[str, Any]) -> str:
 def _plain_log_ticks(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -207,6 +153,7 @@ def _name_sizes(axes: Any, labels: Sequence[tuple[float, str]]) -> None:
         fontsize=7,
         rotation=90,
         ha='center',
+        multialignment='left',
         linespacing=1.0,
     )
     top.tick_params(length=2, color='0.6')
@@ -246,13 +193,13 @@ def _draw_sparsity(spec: FigureSpec, task: Task, results: Results, path: Path) -
         return -parse_pattern(name).density, group == 0, -group, name
 
     order = sorted(found, key=key)
-    names = [
-        f'unstr.\n{float(name.split(":")[1]):.0%}' if name.startswith('unstructured') else name
-        for name in order
-    ]
+    names = [pattern_label(None if n == 'dense' else n).replace('. ', '.\n') for n in order]
     label = 'pattern (kept : group)'
     return _categories(
-        spec, task, results, path, order, names, lambda row: row['sparsity'] or 'dense', label
+        *(spec, task, results, path, order, names),
+        lambda row: row['sparsity'] or 'dense',
+        label,
+        line='',
     )
 
 
@@ -265,27 +212,28 @@ def _categories(
     names: Sequence[str],
     where: Callable[[Mapping[str, Any]], Any],
     label: str,
+    line: str = '-',
 ) -> bool:
     """Accuracy against categories, evenly spaced."""
     if not order:
         return False
-    figure, axes = _figure(len(task.metrics))
+    figure, axes = new_figure(len(task.metrics))
     for one, metric in zip(axes, task.metrics, strict=True):
-        _reference(one, results, task, spec, metric)
+        draw_reference(one, results, task, spec, metric)
         for index, (series, arms) in enumerate(spec.series.items()):
-            points = _points(results, task, arms, metric, where)
+            points = points_of(results, task, arms, metric, where)
             # Side by side, so that error bars do not hide each other.
             dodge = 0.06 * (index - (len(spec.series) - 1) / 2)
             placed = sorted(
                 (order.index(x) + dodge, summary.mean, summary) for x, summary, _ in points
             )
             if placed:
-                _series(one, index, series, [(x, summary) for x, _, summary in placed])
+                draw_series(one, index, series, [(x, summary) for x, _, summary in placed], line)
         one.set_xticks(range(len(order)), names)
         one.set_xlim(-0.4, len(order) - 0.6)
         one.set_xlabel(label)
         one.set_ylabel(metric_label(metric))
-    return _finish(figure, axes, spec, task, path)
+    return finish(figure, axes, spec, task, results, path)
 
 
 def _draw_lambda(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
@@ -298,16 +246,16 @@ def _draw_lambda(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
         return False
     zero = min(positive) / 10
     panels = {**{m: metric_label(m) for m in task.metrics}, 'cosine': CURVES['cosine']}
-    figure, axes = _figure(len(panels))
+    figure, axes = new_figure(len(panels))
     for one, (metric, label) in zip(axes, panels.items(), strict=True):
         if metric in task.metrics:
-            _reference(one, results, task, spec, metric)
+            draw_reference(one, results, task, spec, metric)
         for index, (series, arms) in enumerate(spec.series.items()):
-            points = _points(results, task, arms, metric, lambda row: row.get('lambda') or zero)
+            points = points_of(results, task, arms, metric, lambda row: row.get('lambda') or zero)
             dodge = 10 ** (0.04 * (index - (len(spec.series) - 1) / 2))
             placed = sorted((x * dodge, summary.mean, summary) for x, summary, _ in points)
             if placed:
-                _series(one, index, series, [(x, summary) for x, _, summary in placed])
+                draw_series(one, index, series, [(x, summary) for x, _, summary in placed])
         one.set_xscale('log')
         exponents = range(
             math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1
@@ -318,12 +266,12 @@ def _draw_lambda(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
         one.axvline(zero * math.sqrt(10), color='0.7', linewidth=0.8, linestyle=':')
         one.set_xlabel('λ')
         one.set_ylabel(label)
-    return _finish(figure, axes, spec, task, path)
+    return finish(figure, axes, spec, task, results, path)
 
 
 def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> bool:
     """Cosine, SQNR and flip rate over the iterations: mean over seeds, with the deviation."""
-    figure, axes = _figure(len(CURVES))
+    figure, axes = new_figure(len(CURVES))
     drawn = False
     for one, (key, label) in zip(axes, CURVES.items(), strict=True):
         scale = 100.0 if key == 'flip_rate' else 1.0
@@ -356,7 +304,7 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
         one.set_ylabel(label)
         if key == 'flip_rate':
             one.set_ylim(bottom=0)
-    return drawn and _finish(figure, axes, spec, task, path)
+    return drawn and finish(figure, axes, spec, task, results, path)
 
 
 DRAWERS: dict[str, Callable[[FigureSpec, Task, Results, Path], bool]] = {

@@ -90,6 +90,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A table of differences alone.
+
+    Attributes:
+        title: Heading.
+        pairs: (arm, what it is compared with).
+    """
+
+    title: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class FigureSpec:
     """A picture of the results: its kind, file name and the arms of each series."""
 
@@ -131,7 +144,7 @@ class Study:
     title: str
     tasks: tuple[Task, ...]
     arms: tuple[Arm, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[Table | Comparison, ...]
     figures: tuple[FigureSpec, ...]
     interplay: Mapping[str, tuple[Any, ...]] | None = None
     not_run: str | None = None

@@ -33,7 +33,16 @@ from slope_mm.engine.hooks import SlopeScheduleHook
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError, RecipeError, SlopeError, nearest
 from slope_mm.recipe import Recipe
-from slope_mm.studies.study import Arm, FigureSpec, Start, Study, Table, Task, Threshold
+from slope_mm.studies.study import (
+    Arm,
+    Comparison,
+    FigureSpec,
+    Start,
+    Study,
+    Table,
+    Task,
+    Threshold,
+)
 
 STUDY_KEYS = (
     'title',
@@ -51,6 +60,7 @@ TASK_KEYS = ('config', 'start', 'options', 'seeds', 'metrics', 'shapes', 'title'
 START_KEYS = ('config', 'checkpoint', 'options', 'per_seed')
 ARM_KEYS = ('name', 'recipe', 'regularizer', 'schedule', 'options', 'seeds', 'tasks')
 TABLE_KEYS = ('title', 'arms', 'against', 'reference')
+COMPARISON_KEYS = ('title', 'pairs')
 FIGURE_KEYS = ('kind', 'name', 'series', 'title', 'reference', 'tasks')
 FIGURE_KINDS = ('size', 'operations', 'bits', 'sparsity', 'lambda', 'curves')
 QUICK_KEYS = ('tasks', 'seeds', 'arms')
@@ -150,15 +160,7 @@ def _shortened(study: Study, short: Mapping[str, Any], tasks: Mapping[str, Any])
         title=f'{study.title} (short form)',
         tasks=tuple(changed) or tuple(replace(task, seeds=seeds) for task in study.tasks),
         arms=tuple(arm for arm in study.arms if arm.name in arms),
-        tables=tuple(
-            replace(
-                table,
-                arms=tuple(name for name in table.arms if name in arms),
-                reference=table.reference if table.reference in arms else None,
-            )
-            for table in study.tables
-            if table.against in arms and arms.intersection(table.arms)
-        ),
+        tables=tuple(kept for table in study.tables if (kept := _only(table, arms)) is not None),
         figures=tuple(
             replace(
                 figure,
@@ -171,6 +173,20 @@ def _shortened(study: Study, short: Mapping[str, Any], tasks: Mapping[str, Any])
             for figure in study.figures
         ),
         thresholds=tuple(t for t in study.thresholds if arms.issuperset(t.arms)),
+    )
+
+
+def _only(table: Table | Comparison, arms: set[str]) -> Table | Comparison | None:
+    """A table without the arms that are not there; None if nothing is left."""
+    if isinstance(table, Comparison):
+        pairs = tuple(pair for pair in table.pairs if arms.issuperset(pair))
+        return replace(table, pairs=pairs) if pairs else None
+    if table.against not in arms or not arms.intersection(table.arms):
+        return None
+    return replace(
+        table,
+        arms=tuple(name for name in table.arms if name in arms),
+        reference=table.reference if table.reference in arms else None,
     )
 
 
@@ -296,8 +312,10 @@ def _arm(given: Any, index: int) -> Arm:
     return made
 
 
-def _table(given: Any, index: int, names: Sequence[str]) -> Table:
+def _table(given: Any, index: int, names: Sequence[str]) -> Table | Comparison:
     where = f'table {index}'
+    if 'pairs' in _mapping(given, where):
+        return _comparison(given, where, names)
     table = _known(given, TABLE_KEYS, where)
     arms = matching(table.get('arms', ['*']), names, where)
     if table.get('against') is None:
@@ -306,6 +324,19 @@ def _table(given: Any, index: int, names: Sequence[str]) -> Table:
         if table.get(key) is not None:
             _one_of(table[key], names, f'{where}: {key}')
     return Table(str(table.get('title', '')), arms, table['against'], table.get('reference'))
+
+
+def _comparison(given: Any, where: str, names: Sequence[str]) -> Comparison:
+    comparison = _known(given, COMPARISON_KEYS, where)
+    pairs = []
+    for pair in _list(comparison['pairs'], f'{where}: pairs'):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ConfigError(
+                f'{where}: {pair!r} is no pair; write [arm, what it is compared with]'
+            )
+        arm, base = (_one_of(name, names, f'{where}: arm') for name in pair)
+        pairs.append((arm, base))
+    return Comparison(str(comparison.get('title', '')), tuple(pairs))
 
 
 def _figure(given: Any, index: int, names: Sequence[str], tasks: Sequence[str]) -> FigureSpec:

@@ -7,7 +7,7 @@ from typing import Any
 
 from slope_mm.studies.results import Results
 from slope_mm.studies.statistics import Difference, Summary, paired_difference, summarize
-from slope_mm.studies.study import Study, Table, Task
+from slope_mm.studies.study import Comparison, Study, Table, Task
 
 NOTHING = '–'
 LABELS = {'box_mAP': 'box mAP', 'mask_mAP': 'mask mAP', 'top1': 'top-1 (%)'}
@@ -51,7 +51,10 @@ def _task(study: Study, task: Task, results: Results) -> list[str]:
             )
             lines += [f'Dense start (seed {start["seed"]}): {figures}.', '']
     for table in study.tables:
-        drawn = table_lines(study, table, task, results)
+        if isinstance(table, Comparison):
+            drawn = comparison_lines(table, task, results)
+        else:
+            drawn = table_lines(study, table, task, results)
         if drawn:
             lines += [*([f'### {table.title}', ''] if table.title else []), *drawn, '']
     return lines + threshold_lines(study, task, results)
@@ -65,7 +68,8 @@ def table_lines(study: Study, table: Table, task: Task, results: Results) -> lis
     metrics = list(task.metrics)
     header = ['arm', 'seeds', *(metric_label(m) for m in metrics)]
     if table.reference is not None:
-        header.append(f'of {table.reference} (%)')
+        names = ' / '.join(metric_label(m) for m in metrics)
+        header.append(f'of {table.reference} (%), {names}')
     header += [f'Δ {metric_label(m)} against {table.against}, 95 %' for m in metrics]
     header += ['cosine', 'SQNR (dB)', 'size (MB)', 'ratio', 'GBOPs']
     lines = [_row(header), '|' + '---|' * len(header)]
@@ -93,6 +97,32 @@ def table_lines(study: Study, table: Table, task: Task, results: Results) -> lis
             f'{MARK} start, schedule, optimizer or data differ from those of {table.against}.',
         ]
     return lines
+
+
+def comparison_lines(table: Comparison, task: Task, results: Results) -> list[str]:
+    """Paired differences alone; pairs without a common seed are left out."""
+    metrics = list(task.metrics)
+    header = ['arm', 'against', 'seeds', *(f'Δ {metric_label(m)}, 95 %' for m in metrics)]
+    lines = []
+    marked = False
+    for arm, base in table.pairs:
+        found = [
+            paired_difference(
+                results.by_seed(task.name, arm, m), results.by_seed(task.name, base, m)
+            )
+            for m in metrics
+        ]
+        counts = [difference.n for difference in found if difference is not None]
+        if not counts:
+            continue
+        other = _differs(results.of(task.name, arm), results.of(task.name, base))
+        marked |= other
+        cells = [_difference(m, d) for m, d in zip(metrics, found, strict=True)]
+        lines.append(_row([arm + (f' {MARK}' if other else ''), base, str(counts[0]), *cells]))
+    if not lines:
+        return []
+    note = ['', f'{MARK} start, schedule, optimizer or data differ.'] if marked else []
+    return [_row(header), '|' + '---|' * len(header), *lines, *note]
 
 
 def threshold_lines(study: Study, task: Task, results: Results) -> list[str]:
