@@ -100,6 +100,16 @@ def curves_of(folder: Path) -> dict[str, list[float | None]]:
     return curves
 
 
+def can_weigh(trial: Trial, row: Mapping[str, Any]) -> bool:
+    """Whether a calculated size can be replaced by a file's length now."""
+    return (
+        row['bytes_from'] == 'calculated'
+        and row['regularizer'] is not None
+        and hasattr(slope_mm, 'save_packed')
+        and trial.weights.exists()
+    )
+
+
 def measured(trial: Trial) -> dict[str, Any]:
     """Cosine, SQNR, size and bit operations of a trial's model.
 

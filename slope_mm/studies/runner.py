@@ -17,6 +17,7 @@ from mmengine.runner import find_latest_checkpoint
 from slope_mm.engine import launch
 from slope_mm.errors import ConfigError, SlopeError
 from slope_mm.studies.measure import (
+    can_weigh,
     curves_of,
     keep_weights,
     machine,
@@ -120,6 +121,14 @@ class Runner:
             'test_s': round(spent.get('test', 0.0), 1),
         }
 
+    def _weighed(self, trial: Trial, row: dict[str, Any]) -> dict[str, Any]:
+        """A row from before files could be written gets its file's length."""
+        if not can_weigh(trial, row):
+            return row
+        row = {**row, **measured(trial)}
+        write_text(trial.folder / RESULT, json.dumps(row, allow_nan=False) + '\n')
+        return row
+
     @contextmanager
     def _timed(self, trial: Trial, what: str) -> Iterator[None]:
         """Adds the time of a step to what it took before an interruption."""
@@ -150,7 +159,11 @@ class Runner:
         """
         known = finished_rows(results.rows)
         estimator = Estimator()
-        rows = {t: row for t in trials if (row := t.result() or known.get(t.key)) is not None}
+        rows = {
+            t: self._weighed(t, row)
+            for t in trials
+            if (row := t.result() or known.get(t.key)) is not None
+        }
         starts = {t.start.key: t.start for t in trials if t.start is not None}
         start_rows = {s: row for s in starts.values() if (row := s.result()) is not None}
         for trial, row in (*rows.items(), *start_rows.items()):
@@ -159,7 +172,11 @@ class Runner:
         waiting = [s for k, s in starts.items() if k in needed and s not in start_rows]
         waiting += [t for t in trials if t not in rows]
         total = len(waiting)
-        results.failed.clear()
+        # What failed before is tried again; what is not asked for now stays as it is.
+        asked = {(t.task.name, t.arm_name, t.seed) for t in (*trials, *starts.values())}
+        results.failed[:] = [
+            f for f in results.failed if (f['task'], f['arm'], f['seed']) not in asked
+        ]
         known_starts = finished_rows(results.starts)
         collected = {key: known_starts[key] for key in starts if key in known_starts}
         collected.update({start.key: row for start, row in start_rows.items()})

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 
+import slope_mm
 from slope_mm.errors import ConfigError, SlopeError
-from slope_mm.studies.measure import curves_of, metrics_of
+from slope_mm.studies.measure import can_weigh, curves_of, measured, metrics_of
 from slope_mm.studies.processes import (
     Interrupted,
     Launcher,
@@ -218,6 +220,28 @@ def test_metrics_are_the_newest_evaluations(tmp_path: Path) -> None:
     assert metrics_of(tmp_path, wanted) == {'box_mAP': 0.2}
     with pytest.raises(SlopeError, match="no 'top1'"):
         metrics_of(tmp_path, {'top1': 'top1'})
+
+
+def test_the_size_is_the_packed_files_length_as_soon_as_there_is_one(
+    slope_run: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial: Any = SimpleNamespace(
+        config=slope_run.config, weights=slope_run.checkpoint, folder=tmp_path
+    )
+    monkeypatch.delattr('slope_mm.save_packed', raising=False)
+    row = {**measured(trial), 'regularizer': 'cosine'}
+    assert row['bytes_from'] == 'calculated'
+    assert row['bytes'] == slope_mm.report(slope_run.model).stored_bytes
+    assert not can_weigh(trial, row)
+
+    def save_packed(model: Any, path: Path) -> None:
+        path.write_bytes(bytes(12345))
+
+    monkeypatch.setattr('slope_mm.save_packed', save_packed, raising=False)
+    assert can_weigh(trial, row)
+    row.update(measured(trial))
+    assert (row['bytes'], row['bytes_from']) == (12345, 'file')
+    assert not can_weigh(trial, row)
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:

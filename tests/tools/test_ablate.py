@@ -132,8 +132,9 @@ def test_a_study_from_its_interruption_to_its_report(
     text = (out / 'results.md').read_text()
     before = (folder / 'train.log').stat().st_mtime_ns, (folder / 'result.json').stat().st_mtime_ns
     code, output, _ = ablate('--arms', 'slope')
-    assert code == 0 and '1 of 2 trials are done already' not in output
     assert '1 of 1 trials are done already' in output
+    # The other arm was not asked for, so its failure still stands.
+    assert code == 1
     after = (folder / 'train.log').stat().st_mtime_ns, (folder / 'result.json').stat().st_mtime_ns
     assert after == before
 
@@ -143,7 +144,7 @@ def test_a_study_from_its_interruption_to_its_report(
     code, output, _ = ablate('--report-only')
     assert code == 0
     drawn = (out / 'results.md').read_text()
-    assert drawn.split('## Failed')[0] == text.split('## Failed')[0]
+    assert drawn == text
     assert {path.name for path in out.glob('*.png')} == {'size_shapes.png', 'curves_shapes.png'}
 
 
