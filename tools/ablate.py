@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--arms', nargs='+', help='only these arms (names or patterns)')
     parser.add_argument('--tasks', nargs='+', help='only these tasks')
+    parser.add_argument('--seeds', nargs='+', type=int, help='only these seeds')
     parser.add_argument('--jobs', type=int, default=1, help='trials side by side')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
     parser.add_argument('--processes', type=int, default=1, help='ranks (GPUs) of one trial')

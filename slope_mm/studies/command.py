@@ -22,7 +22,7 @@ from slope_mm.studies.runner import Runner, locked
 from slope_mm.studies.study import Study
 from slope_mm.studies.study_file import matching, read_study
 from slope_mm.studies.tables import markdown
-from slope_mm.studies.trials import Trial, length, plan_trials
+from slope_mm.studies.trials import Site, Trial, length, plan_trials
 
 STUDIES = ROOT / 'configs' / 'studies'
 WORK_DIRS = Path('work_dirs') / 'studies'
@@ -40,6 +40,7 @@ class Options:
     out: Path | None = None
     arms: Sequence[str] | None = None
     tasks: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
     jobs: int = 1
     launcher: str = 'none'
     processes: int = 1
@@ -70,7 +71,7 @@ def run_study(options: Options) -> bool:
 
 def _run(study: Study, options: Options, work_dir: Path, out: Path, line: ProgressLine) -> bool:
     launcher = Launcher(options.launcher, options.processes, options.partition, options.threads)
-    trials, skipped = plan_trials(study, work_dir)
+    trials, skipped = plan_trials(study, Site(work_dir, options.processes, options.threads))
     chosen = selected(trials, study, options)
     if options.plan:
         line.message(plan_text(chosen, skipped))
@@ -118,7 +119,7 @@ def study_path(given: Path) -> Path:
 
 
 def selected(trials: Sequence[Trial], study: Study, options: Options) -> list[Trial]:
-    """The trials of ``--arms`` and ``--tasks``."""
+    """The trials of ``--arms``, ``--tasks`` and ``--seeds``."""
     chosen = list(trials)
     if options.arms:
         arms = matching(options.arms, [arm.name for arm in study.arms], '--arms')
@@ -129,6 +130,8 @@ def selected(trials: Sequence[Trial], study: Study, options: Options) -> list[Tr
             if task not in known:
                 raise ConfigError(f'--tasks: there is no {task!r}{nearest(task, known)}')
         chosen = [trial for trial in chosen if trial.task.name in options.tasks]
+    if options.seeds:
+        chosen = [trial for trial in chosen if trial.seed in options.seeds]
     return chosen
 
 

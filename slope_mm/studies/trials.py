@@ -24,6 +24,7 @@ RESULT = 'result.json'
 PLACES = ('work_dir', 'load_from', 'filename')
 # What has to be alike for two arms to be compared.
 SCHEDULE = ('train_cfg', 'param_scheduler', 'train_dataloader')
+OPTIMIZER = ('optimizer', 'clip_grad', 'accumulative_counts', 'paramwise_cfg')
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,26 @@ def length(config: Config) -> tuple[int, str]:
     return int(loop.max_iters), 'iter'
 
 
-def plan_trials(study: Study, work_dir: Path) -> tuple[list[Trial], dict[str, str]]:
+@dataclass(frozen=True)
+class Site:
+    """Where and how trials run, as far as their results depend on it.
+
+    Attributes:
+        work_dir: The folder of all studies' runs; equal trials of different studies are one run.
+        ranks: Processes of a trial: its batch is theirs together.
+        threads: OpenMP threads of a process: sums depend on how they are split.
+    """
+
+    work_dir: Path
+    ranks: int = 1
+    threads: int = 1
+
+    def place(self, name: str) -> Path:
+        """The folder of a trial."""
+        return self.work_dir / RUNS / name
+
+
+def plan_trials(study: Study, site: Site) -> tuple[list[Trial], dict[str, str]]:
     """All trials of a study, in the order in which they should run.
 
     Seed by seed, so that an unfinished study is complete in its first seeds. Everything that can
@@ -91,7 +111,7 @@ def plan_trials(study: Study, work_dir: Path) -> tuple[list[Trial], dict[str, st
 
     Args:
         study: The study.
-        work_dir: The folder of all studies' runs; equal trials of different studies are one run.
+        site: Where they run.
 
     Returns:
         The trials without their starts (see :attr:`Trial.start`), and for each task that cannot
@@ -114,9 +134,9 @@ def plan_trials(study: Study, work_dir: Path) -> tuple[list[Trial], dict[str, st
                     continue
                 origin = seed if task.start and task.start.per_seed else task.seeds[0]
                 if origin not in starts:
-                    starts[origin] = start_trial(task, origin, work_dir)
+                    starts[origin] = start_trial(task, origin, site)
                 first = seed == study.seeds(task, arm)[0]
-                trials.append(arm_trial(task, arm, seed, starts[origin], work_dir, check=first))
+                trials.append(arm_trial(task, arm, seed, starts[origin], site, check=first))
     order = {name: index for index, name in enumerate(task.name for task in study.tasks)}
     # Stable: tasks one after the other within a seed's turn, arms as in the file.
     trials.sort(key=lambda trial: (_turn(trial), order[trial.task.name]))
@@ -164,7 +184,7 @@ def overridden(config: Config, options: Mapping[str, Any], where: str) -> Config
     return config
 
 
-def start_trial(task: Task, seed: int, work_dir: Path) -> Trial | None:
+def start_trial(task: Task, seed: int, site: Site) -> Trial | None:
     """The training of a task's start; None if there is nothing to train."""
     start = task.start
     if start is None or start.config is None:
@@ -173,13 +193,14 @@ def start_trial(task: Task, seed: int, work_dir: Path) -> Trial | None:
     config = overridden(launch.read_config(start.config), start.options, where)
     config = without_validation(config)
     config.randomness = {**config.get('randomness', {}), 'seed': seed}
-    key = hash_of({'config': described(config), 'data': task.shapes, 'metrics': task.metrics})
-    place = work_dir / RUNS / f'{task.name}_start_seed_{seed}_{key}'
+    context = surroundings(task, site, '')
+    key = hash_of({'config': described(config), 'metrics': task.metrics, **context})
+    place = site.place(f'{task.name}_start_seed_{seed}_{key}')
     return Trial(task, None, seed, placed(config, place), key, key, place)
 
 
 def arm_trial(
-    task: Task, arm: Arm, seed: int, start: Trial | None, work_dir: Path, *, check: bool
+    task: Task, arm: Arm, seed: int, start: Trial | None, site: Site, *, check: bool
 ) -> Trial:
     """One arm's trial.
 
@@ -188,7 +209,7 @@ def arm_trial(
         arm: Arm.
         seed: Seed.
         start: The trial that trains its start, or None.
-        work_dir: The folder of all runs.
+        site: Where it runs.
         check: Build its model once, to see whether the recipe fits.
 
     Raises:
@@ -203,22 +224,25 @@ def arm_trial(
                 launch.check_optim_wrapper(config.optim_wrapper)
     except SlopeError as error:
         raise ConfigError(f'{where}: {error}') from None
-    origin = source(task.start, start, config)
+    context = surroundings(task, site, source(task.start, start, config))
     text = described(config)
-    key = hash_of({'config': text, 'start': origin, 'data': task.shapes, 'metrics': task.metrics})
+    key = hash_of({'config': text, 'metrics': task.metrics, **context})
     optimizer = text.get('optim_wrapper', {})
     schedule = {name: text.get(name) for name in SCHEDULE}
-    schedule['optimizer'] = {
-        k: v for k, v in optimizer.items() if k in ('optimizer', 'clip_grad', 'accumulative_counts')
-    }
-    schedule_key = hash_of({**schedule, 'start': origin, 'data': task.shapes})
-    folder = work_dir / RUNS / f'{task.name}_seed_{seed}_{key}'
+    schedule['optimizer'] = {name: optimizer.get(name) for name in OPTIMIZER}
+    schedule_key = hash_of({**schedule, **context})
+    folder = site.place(f'{task.name}_seed_{seed}_{key}')
     config = placed(config, folder)
     if start is not None:
         config.load_from = str(start.weights)
     elif task.start is not None:
         config.load_from = task.start.checkpoint
     return Trial(task, arm, seed, config, key, schedule_key, folder, start)
+
+
+def surroundings(task: Task, site: Site, start: str) -> dict[str, Any]:
+    """What a result depends on beside the config."""
+    return {'start': start, 'data': task.shapes, 'ranks': site.ranks, 'threads': site.threads}
 
 
 def source(start: Start | None, trial: Trial | None, config: Config) -> str:

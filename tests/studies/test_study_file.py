@@ -12,7 +12,7 @@ import pytest
 from slope_mm.errors import SlopeError
 from slope_mm.studies.study import Comparison, Study, Table
 from slope_mm.studies.study_file import parse_study, read_study
-from slope_mm.studies.trials import arm_config, hash_of, plan_trials
+from slope_mm.studies.trials import Site, arm_config, hash_of, plan_trials
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / 'configs' / 'studies').glob('*.py'))
@@ -181,10 +181,12 @@ def parsed(**changes: Any) -> Study:
     return parse_study({**copy.deepcopy(STUDY), **changes}, 'study')
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: Study) -> dict[Any, Any]:
+def planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, study: Study, ranks: int = 1, threads: int = 1
+) -> dict[Any, Any]:
     # Where the shapes set lies is another test's concern.
     monkeypatch.setattr('slope_mm.studies.trials.missing_data', lambda task: None)
-    trials, skipped = plan_trials(study, tmp_path)
+    trials, skipped = plan_trials(study, Site(tmp_path, ranks, threads))
     assert not skipped
     return {(trial.arm.name, trial.seed): trial for trial in trials}
 
@@ -234,7 +236,9 @@ def test_a_key_follows_start_data_and_config(
     ):
         trials = planned(monkeypatch, tmp_path, parsed(tasks={'shapes': task}))
         keys.add(trials['naive', 0].key)
-    assert len(keys) == 6
+    for site in ({'ranks': 2}, {'threads': 2}):
+        keys.add(planned(monkeypatch, tmp_path, parsed(), **site)['naive', 0].key)
+    assert len(keys) == 8
 
 
 def test_one_start_serves_all_seeds_unless_each_seed_asks_for_its_own(
