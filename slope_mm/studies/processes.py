@@ -119,6 +119,7 @@ class Processes:
         environment: dict[str, str],
         log: Path,
         watch: Callable[[str], None] | None = None,
+        lock: int | None = None,
     ) -> None:
         """Runs a command and appends its output to a log.
 
@@ -127,6 +128,7 @@ class Processes:
             environment: Its environment.
             log: Its output.
             watch: Called with every line.
+            lock: A file descriptor that it inherits.
 
         Raises:
             SlopeError: If it fails; with its last error line.
@@ -150,6 +152,7 @@ class Processes:
                     env=environment,
                     cwd=ROOT,
                     start_new_session=True,
+                    pass_fds=() if lock is None else (lock,),
                 )
                 self._running.add(process)
             lines: list[str] = []

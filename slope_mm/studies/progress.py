@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -96,7 +97,7 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
         self.terminal = self.stream.isatty()
-        self._shown = 0.0
+        self._shown = float('-inf')
         self._width = 0
         self._lock = threading.Lock()
 
@@ -112,6 +113,8 @@ class ProgressLine:
         with self._lock:
             if self.terminal:
                 self._clear()
+                # A line that wraps cannot be taken back.
+                text = text[: shutil.get_terminal_size().columns - 1]
                 self.stream.write(text)
                 self._width = len(text)
             elif time.monotonic() - self._shown > LINE_INTERVAL_S:

@@ -66,7 +66,7 @@ class Runner:
             Interrupted: If the study was stopped.
         """
         launch.check_work_dir(str(trial.folder))
-        with locked(trial.folder):
+        with locked(trial.folder) as lock:
             # Starts are shared: another study may have trained it meanwhile.
             done = trial.result()
             if done is not None:
@@ -77,15 +77,15 @@ class Runner:
                 write_text(config, text)
             environment = self.launcher.environment(slot, self.jobs)
             if not trial.weights.exists():
-                self._train(trial, config, environment)
+                self._train(trial, config, environment, lock)
             command = self.launcher.test(config, trial.weights, trial.folder / 'test', trial.name)
             with self._timed(trial, 'test'):
-                self.processes.run(command, environment, trial.folder / 'test.log')
+                self.processes.run(command, environment, trial.folder / 'test.log', lock=lock)
             row = self._row(trial)
             write_text(trial.folder / RESULT, json.dumps(row, allow_nan=False) + '\n')
             return row
 
-    def _train(self, trial: Trial, config: Path, environment: dict[str, str]) -> None:
+    def _train(self, trial: Trial, config: Path, environment: dict[str, str], lock: int) -> None:
         steps, unit = length(trial.config)
         last = find_latest_checkpoint(str(trial.folder))
         if last is None or Path(last).name != f'{unit}_{steps}.pth':
@@ -97,7 +97,8 @@ class Runner:
 
             command = self.launcher.train(config, trial.folder, trial.name)
             with self._timed(trial, 'train'):
-                self.processes.run(command, environment, trial.folder / 'train.log', watch)
+                log = trial.folder / 'train.log'
+                self.processes.run(command, environment, log, watch, lock=lock)
             last = find_latest_checkpoint(str(trial.folder))
         if last is None:
             raise SlopeError(f"the training left no checkpoint in '{trial.folder}'")
@@ -288,12 +289,16 @@ class Runner:
 
 
 @contextmanager
-def locked(folder: Path, *, wait_for_it: bool = True) -> Iterator[None]:
+def locked(folder: Path, *, wait_for_it: bool = True) -> Iterator[int]:
     """Keeps other processes out of a folder until this one is done.
 
     Args:
         folder: The folder.
         wait_for_it: Whether to wait for a process that is in there.
+
+    Yields:
+        The lock's file descriptor. A child that inherits it holds the lock as long as it lives:
+        a training that outlived a killed study is waited for, not joined.
 
     Raises:
         ConfigError: If another process is in there, and it is not waited for.
@@ -307,4 +312,4 @@ def locked(folder: Path, *, wait_for_it: bool = True) -> Iterator[None]:
                 f"another process works in '{folder}'; wait for its end, or choose another"
                 ' --work-dir'
             ) from None
-        yield
+        yield file.fileno()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -251,5 +252,12 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
         locked(tmp_path, wait_for_it=False),
     ):
         pass
+    with locked(tmp_path, wait_for_it=False) as lock:
+        # A training that outlives the study keeps the folder.
+        child = subprocess.Popen(['sleep', '60'], pass_fds=[lock])
+    with pytest.raises(ConfigError), locked(tmp_path, wait_for_it=False):
+        pass
+    child.kill()
+    child.wait()
     with locked(tmp_path, wait_for_it=False):
         pass
