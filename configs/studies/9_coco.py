@@ -2,8 +2,8 @@
 #   python tools/ablate.py 9_coco --launcher pytorch --processes 8
 title = 'Mask R-CNN R50 on COCO, the paper’s settings'
 not_run = (
-    'Not run: it needs COCO under `data/coco` and several GPUs. The study file is complete, its'
-    ' configs and recipes are built by the tests.'
+    'Not run: it needs COCO under `data/coco` and several GPUs. The study file is complete; the'
+    ' tests build the configs of all its arms.'
 )
 tasks = dict(
     coco=dict(

@@ -93,6 +93,21 @@ def test_the_short_form_of_study_one_changes_schedule_and_start_alone() -> None:
     assert {arm.name for arm in short.arms} < {arm.name for arm in full.arms}
 
 
+def test_the_coco_study_is_complete_and_says_that_it_was_not_run() -> None:
+    study = read_study(ROOT / 'configs/studies/9_coco.py')
+    assert study.not_run is not None and study.not_run.startswith('Not run')
+    (task,) = study.tasks
+    configs = {arm.name: arm_config(task, arm, 0) for arm in study.arms}
+    assert len({str(config.train_dataloader) for config in configs.values()}) == 1
+    # Its start is the published checkpoint of the base config.
+    starts = {config.load_from for config in configs.values()}
+    assert len(starts) == 1 and 'poly_3x_coco' in starts.pop()
+    for name, config in configs.items():
+        wrapper = config.optim_wrapper
+        assert ('regularizer' in wrapper) == (name != 'fp32')
+        assert config.model.backbone.depth == 50
+
+
 def setting(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     """A mistake: a value at a place of the study."""
 
