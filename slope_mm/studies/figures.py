@@ -291,7 +291,8 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
             means = [summary.mean for summary in summaries]
             spread = [summary.deviation or 0.0 for summary in summaries]
             colour = COLOURS[index % len(COLOURS)]
-            one.plot(iterations, means, color=colour, linewidth=1.4, label=series)
+            mark = 'o' if len(iterations) < 3 else ''
+            one.plot(iterations, means, mark, ls='-', color=colour, linewidth=1.4, label=series)
             one.fill_between(
                 iterations,
                 [m - s for m, s in zip(means, spread, strict=True)],
@@ -301,6 +302,7 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
                 linewidth=0,
             )
         one.set_xlabel('iteration')
+        one.xaxis.get_major_locator().set_params(integer=True)
         one.set_ylabel(label)
         if key == 'flip_rate':
             one.set_ylim(bottom=0)

@@ -165,6 +165,7 @@ class Runner:
             for t in trials
             if (row := t.result() or known.get(t.key)) is not None
         }
+        rows = {t: t.named(row) for t, row in rows.items()}
         starts = {t.start.key: t.start for t in trials if t.start is not None}
         start_rows = {s: row for s in starts.values() if (row := s.result()) is not None}
         for trial, row in (*rows.items(), *start_rows.items()):
@@ -204,6 +205,9 @@ class Runner:
                         waiting.remove(trial)
                         self._fail(trial, f'its start failed: {broken[start.key]}', results)
                         collect()
+                    elif any(trial.key == other.key for other, _ in running.values()):
+                        # The same treatment under another name: its result will do.
+                        continue
                     elif start is None or start.result() is not None:
                         waiting.remove(trial)
                         slot = free.pop(0)

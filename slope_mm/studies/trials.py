@@ -13,7 +13,10 @@ from mmengine.config import Config
 
 from slope_mm.datasets.shapes import ensure_shapes
 from slope_mm.engine import launch
+from slope_mm.engine.regularization import KEYS as REGULARIZER_KEYS
+from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError, DataError, SlopeError, nearest
+from slope_mm.recipe import Recipe
 from slope_mm.studies.study import Arm, Start, Study, Task
 
 START = 'start'
@@ -71,8 +74,10 @@ class Trial:
         path = self.folder / RESULT
         if not path.exists() or (self.arm is None and not self.weights.exists()):
             return None
-        row = json.loads(path.read_text())
-        # Another study may call the same arm otherwise.
+        return self.named(json.loads(path.read_text()))
+
+    def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row under this trial's name: another arm or study may call the same trial otherwise."""
         return {**row, 'task': self.task.name, 'arm': self.arm_name}
 
 
@@ -260,12 +265,14 @@ def arm_config(task: Task, arm: Arm, seed: int) -> Config:
         model = config.model
         if 'recipe' not in model:
             model.arch = model.type
-        model.type, model.recipe = 'slope_mm.SlopeModel', dict(arm.recipe)
+        # Complete, so that two spellings of one treatment are one trial.
+        model.type, model.recipe = 'slope_mm.SlopeModel', Recipe.parse(arm.recipe).to_dict()
         wrapper = config.optim_wrapper
         if wrapper.get('constructor') not in (None, 'slope_mm.SlopeOptimWrapperConstructor'):
             wrapper.base_constructor = wrapper.constructor
         wrapper.constructor = 'slope_mm.SlopeOptimWrapperConstructor'
-        wrapper.regularizer = dict(arm.regularizer)
+        regularizer = Regularizer.parse(arm.regularizer)
+        wrapper.regularizer = {key: getattr(regularizer, key) for key in REGULARIZER_KEYS}
         config.custom_hooks = slope_hooks(config, arm.schedule)
     config.randomness = {**config.get('randomness', {}), 'seed': seed}
     return without_validation(config)
@@ -284,6 +291,9 @@ def slope_hooks(config: Config, schedule: Mapping[str, Any]) -> list[dict[str, A
             hook.update(schedule)
         elif name == 'SlopeMonitorHook':
             hook['picture'] = False
+            # A look for every line of the log that the curves are read from.
+            logger = config.get('default_hooks', {}).get('logger', {})
+            hook['interval'] = logger.get('interval', hook.get('interval', 50))
     return hooks
 
 

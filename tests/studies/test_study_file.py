@@ -224,6 +224,20 @@ def test_arms_share_everything_but_their_treatment(
     assert len({trial.folder for trial in trials.values()}) == len(trials)
 
 
+def test_two_spellings_of_a_treatment_are_one_trial(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spelled = {'weight': {'bits': 4, 'codes': 'lsq', 'step': 'channel', 'sparsity': '2:4'}}
+    other = {'name': 'other', 'recipe': {**spelled, 'gradient': 'ste', 'activation': None}}
+    trials = planned(monkeypatch, tmp_path, parsed(arms=[*STUDY['arms'], other]))
+    assert trials['other', 0].key == trials['naive', 0].key != trials['slope', 0].key
+    folder = trials['naive', 0].folder
+    folder.mkdir(parents=True)
+    (folder / 'result.json').write_text('{"task": "shapes", "arm": "naive", "box_mAP": 0.5}')
+    row = trials['other', 0].result()
+    assert row is not None and (row['arm'], row['box_mAP']) == ('other', 0.5)
+
+
 def test_an_arm_of_another_schedule_is_known_as_such(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
