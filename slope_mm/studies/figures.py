@@ -292,7 +292,7 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
             spread = [summary.deviation or 0.0 for summary in summaries]
             colour = COLOURS[index % len(COLOURS)]
             mark = 'o' if len(iterations) < 3 else ''
-            one.plot(iterations, means, mark, ls='-', color=colour, linewidth=1.4, label=series)
+            one.plot(iterations, means, marker=mark, color=colour, linewidth=1.4, label=series)
             one.fill_between(
                 iterations,
                 [m - s for m, s in zip(means, spread, strict=True)],
