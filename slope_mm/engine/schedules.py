@@ -33,6 +33,13 @@ def warmup_factor(iteration: int, *, length: int) -> float:
     return 1.0 if length <= 0 else min(1.0, (iteration + 1) / length)
 
 
+def decay_factor(iteration: int, *, begin: int | None, length: int) -> float:
+    """``(length - iteration) / (length - begin)`` from ``begin`` on, 1 before: 0 at the end."""
+    if begin is None or iteration < begin:
+        return 1.0
+    return max(0.0, (length - iteration) / max(length - begin, 1))
+
+
 def ramped_kept(iteration: int, *, length: int, n: int, m: int) -> int:
     """Kept weights a group while an ``n:m`` pattern is approached from dense.
 

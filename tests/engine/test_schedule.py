@@ -19,6 +19,7 @@ from slope_mm import ConfigError, SlopeScheduleHook, compressed_layers
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.hooks.schedule import ramped_pattern
 from slope_mm.engine.schedules import (
+    decay_factor,
     point_in_training,
     ramped_density,
     ramped_kept,
@@ -44,6 +45,18 @@ def test_warmup_rises_in_equal_parts_to_one(length: int, data: st.DataObject) ->
 
 def test_no_warmup_is_full_strength_at_once() -> None:
     assert warmup_factor(0, length=0) == 1
+
+
+@given(length=lengths, data=st.data())
+def test_decay_falls_in_equal_parts_to_zero(length: int, data: st.DataObject) -> None:
+    begin = data.draw(st.integers(0, length - 1))
+    factors = [decay_factor(i, begin=begin, length=length) for i in (begin, begin + 1, length)]
+    assert factors == pytest.approx([1, 1 - 1 / (length - begin), 0])
+    assert decay_factor(max(begin - 1, 0), begin=begin, length=length) == 1
+
+
+def test_without_decay_lambda_stays() -> None:
+    assert decay_factor(9, begin=None, length=10) == 1
 
 
 @given(pattern=patterns, length=lengths, data=st.data())
@@ -180,6 +193,13 @@ def test_warmup_scales_what_is_added(tmp_path: Path, warmup: float) -> None:
     assert notes.factors == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
     lambda_ = 2.0
     wanted = [lambda_ * f * u for f, u in zip(notes.factors, notes.unweighted, strict=True)]
+    assert notes.added == pytest.approx(wanted, rel=1e-4)
+
+
+def test_decay_scales_what_is_added(tmp_path: Path) -> None:
+    notes = diary(tmp_path, warmup=2, decay_from=0.5)
+    assert notes.factors == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    wanted = [2.0 * f * u for f, u in zip(notes.factors, notes.unweighted, strict=True)]
     assert notes.added == pytest.approx(wanted, rel=1e-4)
 
 

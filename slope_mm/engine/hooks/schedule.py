@@ -1,4 +1,4 @@
-"""What changes over training: lambda's warm-up, when masks move, the way to the target N:M."""
+"""What changes over training: lambda, when masks move, the way to the target N:M."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.optim_wrapper import RegularizedOptimWrapper
 from slope_mm.engine.schedules import (
+    decay_factor,
     point_in_training,
     ramped_density,
     ramped_kept,
@@ -34,6 +35,8 @@ class SlopeScheduleHook(Hook):
 
     Args:
         warmup (int | float): lambda rises linearly from 0 until here. Defaults to 0.
+        decay_from (int | float, optional): From here on lambda falls linearly, to 0 at the end of
+            training. Defaults to None.
         mask_interval (int): Iterations between two looks at which weights to keep; 1 looks in every
             iteration. Defaults to 1.
         freeze_at (int | float, optional): From here on masks stay as they are. Defaults to None.
@@ -48,6 +51,7 @@ class SlopeScheduleHook(Hook):
         mask_interval: int = 1,
         freeze_at: int | float | None = None,
         ramp_until: int | float = 0,
+        decay_from: int | float | None = None,
     ) -> None:
         if not isinstance(mask_interval, int) or mask_interval < 1:
             raise ConfigError(
@@ -58,15 +62,18 @@ class SlopeScheduleHook(Hook):
             ('warmup', warmup),
             ('freeze_at', freeze_at),
             ('ramp_until', ramp_until),
+            ('decay_from', decay_from),
         ):
             point_in_training(value, 1, f'SlopeScheduleHook {what}')
         self.warmup, self.freeze_at, self.ramp_until = warmup, freeze_at, ramp_until
-        self.mask_interval = mask_interval
+        self.mask_interval, self.decay_from = mask_interval, decay_from
 
     def before_train(self, runner: Any) -> None:
         """Turns shares of the training into iterations."""
         length = runner.max_iters
         self._warmup = point_in_training(self.warmup, length, 'warmup') or 0
+        self._length = length
+        self._decay = point_in_training(self.decay_from, length, 'decay_from')
         self._freeze = point_in_training(self.freeze_at, length, 'freeze_at')
         self._ramp = point_in_training(self.ramp_until, length, 'ramp_until') or 0
         if self._freeze is not None and self._freeze < self._ramp:
@@ -86,7 +93,10 @@ class SlopeScheduleHook(Hook):
         iteration = runner.iter
         wrapper = runner.optim_wrapper
         if isinstance(wrapper, RegularizedOptimWrapper):
-            wrapper.regularizer.scale = warmup_factor(iteration, length=self._warmup)
+            wrapper.regularizer.scale = min(
+                warmup_factor(iteration, length=self._warmup),
+                decay_factor(iteration, begin=self._decay, length=self._length),
+            )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if self._ramp:
             self._set_patterns(model, iteration)

@@ -1,0 +1,1 @@
+"""Studies: arms that are trained, evaluated and compared with error bars, by one command."""

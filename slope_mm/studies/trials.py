@@ -1,0 +1,321 @@
+"""Trials: one arm on one task with one seed, as a config, a hash of it, and a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from slope_mm.datasets.shapes import ensure_shapes
+from slope_mm.engine import launch
+from slope_mm.engine.regularization import KEYS as REGULARIZER_KEYS
+from slope_mm.engine.regularization import Regularizer
+from slope_mm.errors import ConfigError, DataError, SlopeError, nearest
+from slope_mm.recipe import Recipe
+from slope_mm.studies.study import Arm, Start, Study, Task
+
+START = 'start'
+RUNS = 'runs'
+WEIGHTS = 'model.pth'
+RESULT = 'result.json'
+# What a config says about where things lie, which changes no result.
+PLACES = ('work_dir', 'load_from', 'filename')
+# What has to be alike for two arms to be compared.
+SCHEDULE = ('train_cfg', 'param_scheduler', 'train_dataloader')
+OPTIMIZER = ('optimizer', 'clip_grad', 'accumulative_counts', 'paramwise_cfg')
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One training and evaluation.
+
+    Attributes:
+        task: Task.
+        arm: Arm; None for a start.
+        seed: Seed of everything random.
+        config: Its config, complete.
+        key: Hash of all that its result depends on.
+        schedule_key: Hash of start, schedule, optimizer and data order.
+        folder: Where it happens.
+        start: The start that has to be finished before; None if there is none to train.
+    """
+
+    task: Task
+    arm: Arm | None
+    seed: int
+    config: Config
+    key: str
+    schedule_key: str
+    folder: Path
+    start: Trial | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f'{self.task.name} / {self.arm_name} / seed {self.seed}'
+
+    @property
+    def arm_name(self) -> str:
+        """The arm's name, or that of starts."""
+        return self.arm.name if self.arm else START
+
+    @property
+    def weights(self) -> Path:
+        """The checkpoint that is left of it: weights without the optimizer's state."""
+        return self.folder / WEIGHTS
+
+    def result(self) -> dict[str, Any] | None:
+        """The row of its finished run, or None."""
+        path = self.folder / RESULT
+        if not path.exists() or (self.arm is None and not self.weights.exists()):
+            return None
+        return self.named(json.loads(path.read_text()))
+
+    def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row under this trial's name: another arm or study may call the same trial otherwise."""
+        return {**row, 'task': self.task.name, 'arm': self.arm_name}
+
+
+def length(config: Config) -> tuple[int, str]:
+    """Length of training and its unit, ``'epoch'`` or ``'iter'``."""
+    loop = config.train_cfg
+    if loop.get('max_epochs') is not None:
+        return int(loop.max_epochs), 'epoch'
+    return int(loop.max_iters), 'iter'
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where and how trials run, as far as their results depend on it.
+
+    Attributes:
+        work_dir: The folder of all studies' runs; equal trials of different studies are one run.
+        ranks: Processes of a trial: its batch is theirs together.
+        threads: OpenMP threads of a process: sums depend on how they are split.
+    """
+
+    work_dir: Path
+    ranks: int = 1
+    threads: int = 1
+
+    def place(self, name: str) -> Path:
+        """The folder of a trial."""
+        return self.work_dir / RUNS / name
+
+
+def plan_trials(study: Study, site: Site) -> tuple[list[Trial], dict[str, str]]:
+    """All trials of a study, in the order in which they should run.
+
+    Seed by seed, so that an unfinished study is complete in its first seeds. Everything that can
+    be refused is refused here: configs, recipes, optim wrappers, checkpoints.
+
+    Args:
+        study: The study.
+        site: Where they run.
+
+    Returns:
+        The trials without their starts (see :attr:`Trial.start`), and for each task that cannot
+        run here the reason.
+
+    Raises:
+        SlopeError: If a config cannot be built or run; names the arm.
+    """
+    trials: list[Trial] = []
+    skipped: dict[str, str] = {}
+    for task in study.tasks:
+        reason = missing_data(task)
+        if reason is not None:
+            skipped[task.name] = reason
+            continue
+        starts: dict[int, Trial | None] = {}
+        for seed in task.seeds:
+            for arm in study.arms:
+                if seed not in study.seeds(task, arm):
+                    continue
+                origin = seed if task.start and task.start.per_seed else task.seeds[0]
+                if origin not in starts:
+                    starts[origin] = start_trial(task, origin, site)
+                first = seed == study.seeds(task, arm)[0]
+                trials.append(arm_trial(task, arm, seed, starts[origin], site, check=first))
+    order = {name: index for index, name in enumerate(task.name for task in study.tasks)}
+    # Stable: tasks one after the other within a seed's turn, arms as in the file.
+    trials.sort(key=lambda trial: (_turn(trial), order[trial.task.name]))
+    return trials, skipped
+
+
+def _turn(trial: Trial) -> int:
+    return trial.task.seeds.index(trial.seed)
+
+
+def missing_data(task: Task) -> str | None:
+    """Makes a shapes set if the task asks for one; why the data is not there, or None."""
+    if task.shapes is not None:
+        options = dict(task.shapes)
+        if 'root' not in options:
+            raise ConfigError(f"task {task.name!r}: shapes has no 'root'; write root='data/shapes'")
+        ensure_shapes(options.pop('root'), **options)
+    config = overridden(launch.read_config(task.config), task.options, f'task {task.name!r}')
+    try:
+        for loader in ('train_dataloader', 'test_dataloader'):
+            launch.check_data(config.get(loader), loader)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def overridden(config: Config, options: Mapping[str, Any], where: str) -> Config:
+    """Merges overrides into a config: nested dicts, or keys with dots.
+
+    Raises:
+        ConfigError: If the config has nothing of an override's first names.
+    """
+    for key in options:
+        *parents, _ = names = key.split('.')
+        inner: Any = config.to_dict()
+        for name in parents or names:
+            if not isinstance(inner, Mapping) or name not in inner:
+                known = list(inner) if isinstance(inner, Mapping) else []
+                raise ConfigError(
+                    f'{where}: options override {key!r}, but the config has no {name!r} there'
+                    f'{nearest(name, known)}'
+                )
+            inner = inner[name]
+    config.merge_from_dict(dict(options))
+    return config
+
+
+def start_trial(task: Task, seed: int, site: Site) -> Trial | None:
+    """The training of a task's start; None if there is nothing to train."""
+    start = task.start
+    if start is None or start.config is None:
+        return None
+    where = f'task {task.name!r}: start'
+    config = overridden(launch.read_config(start.config), start.options, where)
+    config = without_validation(config)
+    config.randomness = {**config.get('randomness', {}), 'seed': seed}
+    context = surroundings(task, site, '')
+    key = hash_of({'config': described(config), 'metrics': task.metrics, **context})
+    place = site.place(f'{task.name}_start_seed_{seed}_{key}')
+    return Trial(task, None, seed, placed(config, place), key, key, place)
+
+
+def arm_trial(
+    task: Task, arm: Arm, seed: int, start: Trial | None, site: Site, *, check: bool
+) -> Trial:
+    """One arm's trial.
+
+    Args:
+        task: Task.
+        arm: Arm.
+        seed: Seed.
+        start: The trial that trains its start, or None.
+        site: Where it runs.
+        check: Build its model once, to see whether the recipe fits.
+
+    Raises:
+        SlopeError: If its config cannot be built; names the arm.
+    """
+    where = f'arm {arm.name!r} on task {task.name!r}'
+    try:
+        config = arm_config(task, arm, seed)
+        if check:
+            launch.build_model(config)
+            if arm.recipe is not None:
+                launch.check_optim_wrapper(config.optim_wrapper)
+    except SlopeError as error:
+        raise ConfigError(f'{where}: {error}') from None
+    context = surroundings(task, site, source(task.start, start, config))
+    text = described(config)
+    key = hash_of({'config': text, 'metrics': task.metrics, **context})
+    optimizer = text.get('optim_wrapper', {})
+    schedule = {name: text.get(name) for name in SCHEDULE}
+    schedule['optimizer'] = {name: optimizer.get(name) for name in OPTIMIZER}
+    schedule_key = hash_of({**schedule, **context})
+    folder = site.place(f'{task.name}_seed_{seed}_{key}')
+    config = placed(config, folder)
+    if start is not None:
+        config.load_from = str(start.weights)
+    elif task.start is not None:
+        config.load_from = task.start.checkpoint
+    return Trial(task, arm, seed, config, key, schedule_key, folder, start)
+
+
+def surroundings(task: Task, site: Site, start: str) -> dict[str, Any]:
+    """What a result depends on beside the config."""
+    return {'start': start, 'data': task.shapes, 'ranks': site.ranks, 'threads': site.threads}
+
+
+def source(start: Start | None, trial: Trial | None, config: Config) -> str:
+    """What a trial starts from, as part of its hash."""
+    if trial is not None:
+        return trial.key
+    return str(config.get('load_from') if start is None else start.checkpoint)
+
+
+def arm_config(task: Task, arm: Arm, seed: int) -> Config:
+    """The config of an arm: the task's fp32 config with recipe, regularizer and overrides."""
+    config = overridden(launch.read_config(task.config), task.options, f'task {task.name!r}')
+    config = overridden(config, arm.options, f'arm {arm.name!r}')
+    if arm.recipe is not None:
+        model = config.model
+        if 'recipe' not in model:
+            model.arch = model.type
+        # Complete, so that two spellings of one treatment are one trial.
+        model.type, model.recipe = 'slope_mm.SlopeModel', Recipe.parse(arm.recipe).to_dict()
+        wrapper = config.optim_wrapper
+        if wrapper.get('constructor') not in (None, 'slope_mm.SlopeOptimWrapperConstructor'):
+            wrapper.base_constructor = wrapper.constructor
+        wrapper.constructor = 'slope_mm.SlopeOptimWrapperConstructor'
+        regularizer = Regularizer.parse(arm.regularizer)
+        wrapper.regularizer = {key: getattr(regularizer, key) for key in REGULARIZER_KEYS}
+        config.custom_hooks = slope_hooks(config, arm.schedule)
+    config.randomness = {**config.get('randomness', {}), 'seed': seed}
+    return without_validation(config)
+
+
+def slope_hooks(config: Config, schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The custom hooks of a compressed arm."""
+    hooks = [dict(hook) for hook in config.get('slope_hooks') or config.get('custom_hooks') or []]
+    have = {str(hook['type']).rsplit('.', 1)[-1] for hook in hooks}
+    for name in ('EpochSeedHook', 'SlopeCalibrationHook', 'SlopeScheduleHook', 'SlopeMonitorHook'):
+        if name not in have:
+            hooks.append({'type': f'slope_mm.{name}'})
+    for hook in hooks:
+        name = str(hook['type']).rsplit('.', 1)[-1]
+        if name == 'SlopeScheduleHook':
+            hook.update(schedule)
+        elif name == 'SlopeMonitorHook':
+            hook['picture'] = False
+            # A look for every line of the log that the curves are read from.
+            logger = config.get('default_hooks', {}).get('logger', {})
+            hook['interval'] = logger.get('interval', hook.get('interval', 50))
+    return hooks
+
+
+def without_validation(config: Config) -> Config:
+    """Leaves evaluation to tools/test.py: the last checkpoint counts, whatever came between."""
+    config.val_cfg = config.val_dataloader = config.val_evaluator = None
+    return config
+
+
+def placed(config: Config, folder: Path) -> Config:
+    """The config with its folder as work directory."""
+    config.work_dir = str(folder)
+    return config
+
+
+def described(config: Config) -> dict[str, Any]:
+    """A config as plain data, without what changes no result."""
+    plain = config.to_dict()
+    return {key: value for key, value in plain.items() if key not in PLACES}
+
+
+def hash_of(value: Any) -> str:
+    """Hash of plain data."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,155 @@
+"""results.json, tables and figures: what stands in them, and that they can be drawn again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import pytest
+from synthetic import synthetic_results
+
+from slope_mm.errors import DataError
+from slope_mm.studies.figures import draw_figures
+from slope_mm.studies.results import Results, read_results
+from slope_mm.studies.statistics import paired_difference, summarize
+from slope_mm.studies.study import Study
+from slope_mm.studies.study_file import read_study
+from slope_mm.studies.tables import markdown
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope='module')
+def study() -> Study:
+    return read_study(ROOT / 'configs/studies/1_regularizers.py')
+
+
+def cells(text: str, heading: str, arm: str) -> list[str]:
+    """The cells of an arm's row in the first table below a heading."""
+    part = text[text.index(heading) :]
+    row = next(line for line in part.splitlines() if line.startswith(f'| {arm} |'))
+    return [cell.strip() for cell in row.strip('|').split('|')]
+
+
+def test_results_survive_the_file(study: Study, tmp_path: Path) -> None:
+    results = synthetic_results(study)
+    results.failed.append({'task': 'shapes', 'arm': 'fp32', 'seed': 9, 'error': 'no'})
+    results.write(tmp_path)
+    assert read_results(tmp_path, study) == results
+    content = json.loads((tmp_path / 'results.json').read_text())
+    assert content['study'] == study.name
+    wanted = {'arm', 'seed', 'box_mAP', 'mask_mAP', 'config_hash', 'versions', 'machine', 'wall_s'}
+    assert all(wanted <= row.keys() for row in content['rows'])
+    assert [path.name for path in tmp_path.iterdir()] == ['results.json']
+
+
+def test_results_of_another_study_are_not_taken(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match='without --report-only'):
+        read_results(tmp_path, study)
+    Results('other').write(tmp_path)
+    with pytest.raises(DataError, match="study 'other'"):
+        read_results(tmp_path, study)
+    (tmp_path / 'results.json').write_text('{"study": "1_regul')
+    with pytest.raises(DataError, match='cannot be read'):
+        read_results(tmp_path, study)
+
+
+def test_a_table_says_what_the_rows_say(study: Study) -> None:
+    results = synthetic_results(study)
+    text = markdown(study, results)
+    own = results.by_seed('shapes', 'SLOPE 2:4 W2', 'box_mAP')
+    base = results.by_seed('shapes', 'naive 2:4 W2', 'box_mAP')
+    fp32 = results.by_seed('shapes', 'fp32', 'box_mAP')
+    summary, difference = summarize(list(own.values())), paired_difference(own, base)
+    row = cells(text, '2:4 + 2 bit (table 7)', 'SLOPE 2:4 W2')
+    assert row[1] == '5'
+    assert row[2] == f'{summary.mean:.3f} ± {summary.deviation:.3f}'
+    share = 100 * sum(own.values()) / sum(fp32.values())
+    assert row[4].split(' / ')[0] == f'{share:.1f}'
+    numbers = [float(n) for n in re.findall(r'[\d.]+', row[5])]
+    assert numbers == pytest.approx([abs(difference.mean), difference.half_width], abs=6e-4)
+    assert ('*' in row[5]) == difference.decided
+    assert row[9].endswith('(calc.)')
+    assert cells(text, '2:4 + 2 bit (table 7)', 'naive 2:4 W2')[5] == '–'
+
+
+def test_what_is_missing_is_said(study: Study) -> None:
+    results = synthetic_results(study)
+    results.rows = [
+        row
+        for row in results.rows
+        if row['task'] == 'shapes' and (row['arm'], row['seed']) != ('fp32', 4)
+    ]
+    results.skipped = [{'task': 'nuclei', 'reason': 'there is no such data'}]
+    results.failed = [{'task': 'shapes', 'arm': 'fp32', 'seed': 4, 'error': 'RuntimeError: a | b'}]
+    text = markdown(study, results)
+    assert cells(text, 'Detection, W4', 'fp32')[1] == '4 of 5'
+    assert 'Not run: there is no such data.' in text
+    assert '| shapes | fp32 | 4 | RuntimeError: a \\| b |' in text
+
+
+def test_an_arm_of_another_schedule_is_marked(study: Study) -> None:
+    results = synthetic_results(study)
+    for row in results.rows:
+        if row['arm'] == 'L2 2:4 W4':
+            row['schedule_hash'] = 'another'
+    text = markdown(study, results)
+    marked = cells(text, '2:4 + 4 bit (table 7)', 'L2 2:4 W4 †')
+    assert marked[1] == '5'
+    assert '† start, schedule, optimizer or data differ' in text
+
+
+def test_losses_are_added_as_the_threshold_says() -> None:
+    study = read_study(ROOT / 'configs/studies/4_order.py')
+    results = synthetic_results(study)
+    text = markdown(study, results)
+
+    def mean(arm: str) -> float:
+        return summarize(list(results.by_seed('shapes', arm, 'box_mAP').values())).mean
+
+    row = cells(text, 'add up?', 'Q→S 2:4 W2')
+    added = mean('2:4') + mean('W2') - mean('fp32')
+    assert float(row[1].split(' ± ')[0]) == pytest.approx(added, abs=6e-4)
+    assert float(row[2].split(' ± ')[0]) == pytest.approx(mean('Q→S 2:4 W2'), abs=6e-4)
+
+
+def test_every_figure_is_drawn_where_there_are_rows(study: Study, tmp_path: Path) -> None:
+    results = synthetic_results(study)
+    results.rows = [row for row in results.rows if row['task'] == 'shapes']
+    written = draw_figures(study, results, tmp_path)
+    assert {path.name for path in written} == {f'{f.name}_shapes.png' for f in study.figures}
+    for path in written:
+        image = cv2.imread(str(path))
+        assert (image < 200).any(2).sum() > 2000, 'a picture is more than white'
+
+
+def test_a_lambda_curve_and_a_pattern_axis_are_drawn(tmp_path: Path) -> None:
+    for name, figures in (('2_lambda', 6), ('3_sparsity_and_bits', 4)):
+        study = read_study(ROOT / f'configs/studies/{name}.py')
+        assert len(draw_figures(study, synthetic_results(study), tmp_path / name)) == figures
+
+
+def test_a_study_without_rows_has_a_report_and_no_figures(study: Study, tmp_path: Path) -> None:
+    assert draw_figures(study, Results(study.name), tmp_path) == []
+    assert 'no trial has finished' in markdown(study, Results(study.name))
+
+
+COMMITTED = sorted((ROOT / 'docs' / 'results').glob('*/results.json'))
+
+
+def test_a_committed_table_is_what_its_results_give() -> None:
+    if not COMMITTED:
+        pytest.skip('no results are committed under docs/results')
+    for path in COMMITTED:
+        name = json.loads(path.read_text())['study']
+        quick = name.endswith('_quick')
+        study = read_study(ROOT / f'configs/studies/{name.removesuffix("_quick")}.py', quick)
+        drawn = markdown(study, read_results(path.parent, study))
+        assert (path.parent / 'results.md').read_text() == drawn, path
