@@ -14,6 +14,7 @@ import argparse
 import sys
 
 import torch
+from mmengine.logging import MMLogger
 
 from slope_mm.benchmark import runs
 from slope_mm.benchmark.report import machine, save, table
@@ -44,6 +45,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    # A line a parameter about its initialisation says nothing about speed.
+    MMLogger.get_instance('benchmark', log_level='WARNING')
     rows, notes = runs.BENCHMARKS[args.benchmark](args, lambda line: print(line, file=sys.stderr))
     print('\n'.join(f'{key}: {value}' for key, value in machine().items()))
     print(table(rows))

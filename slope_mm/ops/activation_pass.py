@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_mm.ops.quantization import Codes, positive
-from slope_mm.ops.selection import BLOCK
+from slope_mm.ops.selection import BLOCK, Scratch
 
 # Finite in fp32: times a gradient of zero it stays zero, which infinity does not.
 _LARGEST = 3e38
@@ -30,6 +30,12 @@ def _block(x: Tensor) -> int:
     return BLOCK * torch.get_num_threads() if x.device.type == 'cpu' else max(1, x.numel())
 
 
+def _room(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A buffer for one block of values."""
+    block = _flat(x)[: _block(x)].unsqueeze(0)
+    return Scratch(block, dtype)(name, block)[0]
+
+
 def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     """``(clip(round(x / step - offset), qn, qp) + offset) * step`` with one step.
 
@@ -46,7 +52,7 @@ def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     values, target = _flat(x), _flat(result)
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)
-    scratch = torch.empty(min(size, x.numel()), dtype=precision, device=x.device)
+    scratch = _room('level', x, precision)
     for start in range(0, x.numel(), size):
         block = values[start : start + size]
         level = torch.div(block, s, out=scratch[: block.numel()])
@@ -90,12 +96,12 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tu
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)
     low, high = codes.qn + codes.offset, codes.qp + codes.offset
-    room = torch.empty(2, min(size, x.numel()), dtype=precision, device=x.device)
+    room = [_room(name, x, precision) for name in ('scaled', 'level')]
     hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for start in range(0, x.numel(), size):
         block = values[start : start + size]
-        scaled, level = room[0, : block.numel()], room[1, : block.numel()]
+        scaled, level = (buffer[: block.numel()] for buffer in room)
         torch.div(block, s, out=scaled)
         arriving = upstream[start : start + size].to(precision)
         passed = target[start : start + size]

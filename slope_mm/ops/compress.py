@@ -2,8 +2,8 @@
 
     compressed = q(S(W; N, M); s, b)        (arXiv 2511.08360: sparsify first, quantize second)
 
-Forward and backward are one pass each (:mod:`slope_mm.ops.weight_pass`). W, the step and the
-compressed weight itself are kept for the backward; masks are found again.
+Forward and backward are one pass each (:mod:`slope_mm.ops.weight_pass`). W, the step, the mask and
+the compressed weight itself, which the layer's operator keeps anyway, are kept for the backward.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class _Compress(torch.autograd.Function):
         sums: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        latent = as_rows(w, *axes)
-        s = None if step is None else positive(step).reshape(-1, 1)
+        latent, s = as_rows(w, *axes), None if step is None else positive(step).reshape(-1, 1)
         kept = None if mask is None else as_rows(mask, *axes)
         dense = Groups(1, 1, 1)
         ctx.compiled = compiled_pass.fits(
@@ -59,9 +58,12 @@ class _Compress(torch.autograd.Function):
         if ctx.compiled and codes is not None and s is not None:
             rows, powers = compiled_pass.forward_pass(latent, s, codes, *(groups or dense))
         else:
-            rows, powers = forward_pass(latent, s, codes, kept, groups, sums=sums)
+            # A live mask is kept as rows; one that was given is somebody's already.
+            rows, powers, kept = forward_pass(
+                latent, s, codes, kept, groups, sums=sums, keep_mask=any(ctx.needs_input_grad)
+            )
         compressed = from_rows(rows, tuple(w.shape), *axes)
-        ctx.save_for_backward(w, step, mask, compressed, powers)
+        ctx.save_for_backward(w, step, kept, compressed, powers)
         ctx.how = codes, groups, axes, grad_scale, gradient, decay
         if not sums:
             ctx.mark_non_differentiable(powers)
@@ -71,7 +73,7 @@ class _Compress(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, grad_powers = grads
-        w, step, mask, compressed, powers = ctx.saved_tensors
+        w, step, kept, compressed, powers = ctx.saved_tensors
         codes, groups, axes, grad_scale, gradient, decay = ctx.how
         s = None if step is None else positive(step).reshape(-1, 1)
         rows: Tensor | None
@@ -93,8 +95,7 @@ class _Compress(torch.autograd.Function):
                 as_rows(compressed, *axes),
                 s,
                 codes,
-                None if mask is None else as_rows(mask, *axes),
-                groups,
+                kept,
                 gradient=gradient,
                 decay=decay,
                 wants_weight=ctx.needs_input_grad[0],

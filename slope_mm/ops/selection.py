@@ -8,6 +8,7 @@ rows at a time that stays in a core's cache.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -29,21 +30,40 @@ def blocks(rows: Tensor) -> Iterator[slice]:
 
 
 class Scratch:
-    """Buffers for one block of rows, allocated once a pass: fresh pages cost more than sums."""
+    """Buffers of one block each; on a CPU every thread keeps its own for the next pass.
+
+    Fresh pages cost more than the arithmetic that is done in them. A pass never runs inside
+    another one of the same thread, so a name is used by one pass at a time.
+    """
+
+    _kept = threading.local()
 
     def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
         """Makes room for the largest block of ``rows``."""
         self._rows = max((b.stop - b.start for b in blocks(rows)), default=0)
         self._length, self._dtype, self._device = rows.shape[1], dtype, rows.device
+        size = self._rows * self._length
+        # A single row may be as long as a weight; that is not worth holding on to.
+        self._keeps = rows.device.type == 'cpu' and size <= 4 * BLOCK * torch.get_num_threads()
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor) -> Tensor:
         """The buffer of a name, of the block's shape; its content is what was left there."""
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(
-                self._rows, self._length, dtype=self._dtype, device=self._device
-            )
+            flat = self._room(name, self._rows * self._length)
+            self._buffers[name] = flat.view(self._rows, self._length)
         return self._buffers[name][: like.shape[0]]
+
+    def _room(self, name: str, size: int) -> Tensor:
+        if not self._keeps:
+            return torch.empty(size, dtype=self._dtype, device=self._device)
+        kept = self._kept.__dict__
+        key = f'{name} {self._dtype}'
+        if key not in kept or kept[key].numel() < size:
+            # What inference mode makes could not be written to by a training step.
+            with torch.inference_mode(False):
+                kept[key] = torch.empty(size, dtype=self._dtype)
+        return kept[key][:size]
 
 
 def keep(rows: Tensor, n: int, m: int, kernel: int, scratch: Scratch) -> Tensor:

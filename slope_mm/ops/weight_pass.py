@@ -7,7 +7,8 @@ block. On other devices the block is the whole weight.
 
 Forward, per row: ``ŵ`` and the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ``, from which cosine, SQNR and the
 regularizers follow without another look at W. Backward, per row: the gradient of W and the step's,
-those of the sums included. Masks are not stored: they are found again.
+those of the sums included. The mask is kept for it, a byte a weight: finding it again takes four
+times as long as reading it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def forward_pass(
     groups: Groups | None,
     *,
     sums: bool,
-) -> tuple[Tensor, Tensor]:
+    keep_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Masks and quantizes rows.
 
     Args:
@@ -78,18 +80,22 @@ def forward_pass(
         mask: Bool like ``w``, True where kept; None where ``groups`` decide, or for dense.
         groups: N:M groups to keep the largest of.
         sums: Whether all three sums are wanted; otherwise ``w·w`` alone is right.
+        keep_mask: Whether the mask that ``groups`` gave is wanted.
 
     Returns:
-        ``(compressed, sums)``: like ``w``; and ``[3, rows]`` in fp32 or better: ``w·w``, ``w·ŵ``,
-        ``ŵ·ŵ``.
+        ``(compressed, sums, mask)``: like ``w``; ``[3, rows]`` in fp32 or better: ``w·w``, ``w·ŵ``,
+        ``ŵ·ŵ``; and ``mask`` as it was given, or as it was found.
     """
     precision = torch.promote_types(w.dtype, torch.float32)
     compressed = torch.empty_like(w)
     powers = torch.zeros(3, w.shape[0], dtype=precision, device=w.device)
     scratch = Scratch(w, precision)
+    found = torch.empty_like(w, dtype=torch.bool) if keep_mask and groups is not None else None
     for block in blocks(w):
         rows, target = w[block].to(precision), compressed[block]
         kept = _kept(block, rows, mask, groups, scratch)
+        if found is not None and kept is not None:
+            found[block] = kept
         level = rows
         if codes is not None and step is not None:
             s = step if step.shape[0] == 1 else step[block]
@@ -112,7 +118,7 @@ def forward_pass(
             level = target.to(precision)
             powers[1, block] = _row_products(rows, level, scratch)
             powers[2, block] = torch.linalg.vector_norm(level, dim=1).square_()
-    return compressed, powers
+    return compressed, powers, mask if found is None else found
 
 
 def backward_pass(
@@ -123,7 +129,6 @@ def backward_pass(
     step: Tensor | None,
     codes: Codes | None,
     mask: Tensor | None,
-    groups: Groups | None,
     *,
     gradient: str,
     decay: float,
@@ -142,8 +147,7 @@ def backward_pass(
         compressed: Its result.
         step: As in the forward pass.
         codes: As in the forward pass.
-        mask: As in the forward pass.
-        groups: As in the forward pass.
+        mask: Bool like ``w``, True where kept; None for dense.
         gradient: Name in :data:`~slope_mm.ops.GRADIENTS`.
         decay: SR-STE's.
         wants_weight: Whether the gradient of W is wanted.
@@ -165,7 +169,7 @@ def backward_pass(
         total = None
         if grad is not None:
             total = grad[block].to(precision)
-            kept = _kept(block, rows, mask, groups, scratch)
+            kept = _kept(block, rows, mask, None, scratch)
             if codes is not None and step is not None:
                 s = step if step.shape[0] == 1 else step[block]
                 scaled = torch.div(rows, s, out=scratch('members', rows))
@@ -187,13 +191,15 @@ def backward_pass(
             continue
         if grad_powers is not None:
             by_row = grad_powers[:, block].unsqueeze(2).to(precision)
-            exact = torch.mul(level, by_row[1], out=scratch('marked', rows))
-            if total is not None:
-                exact.add_(total)
-            total = exact.addcmul_(rows, by_row[0], value=2)
+            target = grad_w[block] if w.dtype == precision else scratch('marked', rows)
+            if total is None:
+                total = torch.mul(level, by_row[1], out=target)
+            else:
+                total = torch.addcmul(total, level, by_row[1], out=target)
+            total.addcmul_(rows, by_row[0], value=2)
         if total is None:
             grad_w[block] = 0
-        else:
+        elif total.data_ptr() != grad_w[block].data_ptr():
             grad_w[block] = total
     return grad_w, grad_step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -228,7 +229,7 @@ def test_init_detector_predicts_what_the_trained_model_predicts(slope_run: tiny.
     detector = init_detector(str(slope_run.file), str(slope_run.checkpoint), device='cpu')
     assert not tiny.differing(tiny.state_of(detector), tiny.state_of(slope_run.model))
     trained = slope_run.model.eval()
-    trained.cfg = slope_run.config
+    trained.cfg = copy.deepcopy(slope_run.config)
     wanted = inference_detector(trained, images(slope_run))
     found = inference_detector(detector, images(slope_run))
     assert sum(len(sample.pred_instances) for sample in wanted) > 0
@@ -241,7 +242,7 @@ def test_init_detector_predicts_what_the_trained_model_predicts(slope_run: tiny.
 def test_det_inferencer_predicts_what_the_trained_model_predicts(slope_run: tiny.Run) -> None:
     inferencer = DetInferencer(str(slope_run.file), str(slope_run.checkpoint), device='cpu')
     trained = slope_run.model.eval()
-    trained.cfg = slope_run.config
+    trained.cfg = copy.deepcopy(slope_run.config)
     wanted = inference_detector(trained, images(slope_run))
     found = inferencer(images(slope_run), no_save_vis=True, batch_size=1)['predictions']
     assert sum(len(prediction['scores']) for prediction in found) > 0

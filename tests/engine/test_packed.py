@@ -49,7 +49,8 @@ def expected(slope_run: tiny.Run) -> dict[str, torch.Tensor]:
     """What the trained model itself predicts."""
     init_default_scope('mmdet')
     model = copy.deepcopy(slope_run.model).eval()
-    model.cfg = slope_run.config
+    # Inference on arrays rewrites the pipeline in place.
+    model.cfg = copy.deepcopy(slope_run.config)
     return predict(model)
 
 

@@ -1,0 +1,33 @@
+"""``tools/benchmark.py`` as a process, on the smallest detector."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+
+
+def test_a_training_step_is_timed_and_saved(tmp_path: Path) -> None:
+    out = tmp_path / 'train.json'
+    command = [sys.executable, 'tools/benchmark.py', 'train', '--arms', 'stock', 'W4A4']
+    command += ['--config', 'configs/mask_rcnn_r18_shapes_fp32.py', '--size', '64', '64']
+    command += ['--rounds', '2', '--batch', '1', '--out', str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    content = json.loads(out.read_text())
+    assert content['machine']['threads'] == 1
+    stock, ours = content['rows']
+    assert (stock['arm'], stock['ratio'], ours['arm']) == ('stock', 1.0, 'W4A4')
+    assert ours['ms'] > 0
+    assert '| W4A4' in ran.stdout
+
+
+def test_an_unknown_arm_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, 'tools/benchmark.py', 'train', '--arms', 'W5']
+    command += ['--config', 'configs/mask_rcnn_r18_shapes_fp32.py', '--out', str(tmp_path / 'x')]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    assert ran.returncode != 0
+    assert "arm 'W5' is unknown" in ran.stderr and 'Traceback' not in ran.stderr
