@@ -60,9 +60,12 @@ class RegularizedOptimWrapper(OptimWrapper):
         *args: Any,
         regularizer: Mapping[str, Any] | None = None,
         step_limit: float = STEP_LIMIT,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if compile:
+            compiled_pass.use_compiled(True)
         if regularizer is None:
             raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))

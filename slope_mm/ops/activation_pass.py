@@ -96,20 +96,22 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tu
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)
     low, high = codes.qn + codes.offset, codes.qp + codes.offset
-    room = [_room(name, x, precision) for name in ('scaled', 'level')]
+    room = _room('scaled', x, precision)
     hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for start in range(0, x.numel(), size):
         block = values[start : start + size]
-        scaled, level = (buffer[: block.numel()] for buffer in room)
+        scaled = room[: block.numel()]
         torch.div(block, s, out=scaled)
+        # Outside the clip range the gradient is zero, and zero times infinity has to be zero.
+        scaled.clamp_(-_LARGEST, _LARGEST)
         arriving = upstream[start : start + size].to(precision)
         passed = target[start : start + size]
         if passed.dtype == precision:
             hardtanh_backward(arriving, scaled, low, high, grad_input=passed)
         else:
             passed.copy_(torch.ops.aten.hardtanh_backward(arriving, scaled, low, high))
-        _round(level.copy_(scaled), codes)
-        inside = torch.dot(passed.to(precision), scaled.clamp_(-_LARGEST, _LARGEST))
-        total += torch.dot(arriving, level) - inside
+        inside = torch.dot(passed.to(precision), scaled)
+        _round(scaled, codes)
+        total += torch.dot(arriving, scaled) - inside
     return result, total
