@@ -1,0 +1,1 @@
+"""Timings and memory of compressed training beside stock training, for ``tools/benchmark.py``."""
