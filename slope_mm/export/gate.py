@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from slope_mm.errors import ExportError
 from slope_mm.export.graph import LayerCall
-from slope_mm.export.integer import count_integer_operators
+from slope_mm.export.integer import count_products
 from slope_mm.export.layers import folded_norms
 from slope_mm.export.parts import flatten
 from slope_mm.export.runtime import open_session, outputs_of
@@ -34,7 +34,12 @@ from slope_mm.ops import activation_codes, positive, to_codes
 # Relative errors ||found - expected|| / ||expected||.
 LAYER_TOLERANCE = 1e-4
 OUTPUT_TOLERANCE = 1e-3
-QUANTIZED_TOLERANCE = 5e-2
+QUANTIZED_TOLERANCE = 1e-2
+# Where PyTorch's own outputs move further than that when its inputs move in their last bits (deep,
+# untrained networks), a few times that much; a graph that computes something else differs by about 1.
+NOISE = 1e-6
+NOISE_FACTOR = 3
+LARGEST_TOLERANCE = 0.5
 # Largest difference of a metric between checkpoint and export.
 METRIC_TOLERANCE = 1e-3
 # Inputs that every layer is looked at with; whole parts are compared on all of them.
@@ -132,8 +137,12 @@ def check_part(
         errors[kind] = max(_output_error(session, module, x) for x in _variants(inputs))
         if kind == 'cpu':
             operators = optimized_operators(content)
-    quantized = any(call.codes is not None for call in calls)
-    tolerance = QUANTIZED_TOLERANCE if quantized else OUTPUT_TOLERANCE
+    tolerance = OUTPUT_TOLERANCE
+    if any(call.codes is not None for call in calls):
+        tolerance = QUANTIZED_TOLERANCE
+        if max(errors.values()) > tolerance:
+            noise = max(_own_noise(module, x) for x in _variants(inputs))
+            tolerance = min(max(tolerance, NOISE_FACTOR * noise), LARGEST_TOLERANCE)
     return PartReport(name, layers, errors, tolerance, operators)
 
 
@@ -176,7 +185,7 @@ def optimized_operators(content: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'optimized.onnx'
         open_session(content, optimized_path=str(path))
-        return count_integer_operators(onnx.load(path).graph.node)
+        return count_products(onnx.load(path).graph.node)
 
 
 def relative_error(found: np.ndarray | Tensor, expected: np.ndarray | Tensor) -> float:
@@ -209,6 +218,14 @@ def _output_error(session: Any, module: nn.Module, x: Tensor) -> float:
     if len(found) != len(expected):
         return float('inf')
     pairs = zip(found, expected, strict=True)
+    return max(relative_error(a, b) for a, b in pairs)
+
+
+@torch.no_grad()
+def _own_noise(module: nn.Module, x: Tensor) -> float:
+    """How far PyTorch's outputs move when its input moves in the last bits."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    pairs = zip(flatten(module(x * (1 + NOISE * noise))), flatten(module(x)), strict=True)
     return max(relative_error(a, b) for a, b in pairs)
 
 

@@ -1,15 +1,16 @@
 """The portable graph, rearranged so that ONNX Runtime's CPU provider multiplies integers.
 
 The provider fuses ``DequantizeLinear, Conv, QuantizeLinear`` into an integer convolution only where
-the result goes to a single quantizer and the bias is a multiple of the product of the scales: at 4
-bits that product is so coarse that rounding the bias changes codes. Here every convolution becomes
-``ConvInteger``, whose int32 sums are exact whatever follows; one DequantizeLinear with a scale a
-channel makes them floats, and the bias is added as it is.
+the result goes to a single quantizer and the bias is a multiple of the product of both scales. A
+residual network's additions break the first condition, and at 4 bits that product is so coarse that
+rounding the bias changes codes. Its standard integer convolution is slow with signed weights.
 
-The provider's fast kernel multiplies an unsigned left with a signed right operand, and
-convolution's left operand is the weight. So weights are shifted to uint8 with zero point 128 (from
-int8 constants, when the model is loaded) and inputs are int8. In a linear layer it is the other way
-round.
+Fast and exact is its ``MatMulIntegerToFloat``: unsigned codes times signed weights, int32 sums, one
+scale a column and a floating-point bias. A convolution becomes one such product of its unfolded
+input codes, in NHWC, where unfolding copies whole pixels; a 1x1 convolution needs no unfolding. The
+transpositions around it cancel between layers when the runtime optimizes the graph. Convolutions
+of few input channels (stems) become ``ConvInteger``, with codes in int8 and weights shifted to
+uint8, the operand types that its kernel is fast with.
 """
 
 from __future__ import annotations
@@ -22,8 +23,22 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-INTEGER_OPERATORS = ('ConvInteger', 'MatMulInteger', 'QLinearConv', 'QLinearMatMul')
+# ONNX Runtime's own operators.
+RUNTIME_DOMAIN = 'com.microsoft'
+INTEGER_OPERATORS = (
+    'MatMulIntegerToFloat',
+    'ConvInteger',
+    'MatMulInteger',
+    'QLinearConv',
+    'QLinearMatMul',
+)
+FLOAT_OPERATORS = ('Conv', 'FusedConv', 'ConvTranspose', 'MatMul', 'Gemm', 'FusedMatMul')
+# Zero point that carries int8 to uint8.
 SHIFT = 128
+# From here on a pixel's channels are worth a copy.
+UNFOLD_CHANNELS = 16
+# Slice's "to the end".
+END = 2**31 - 1
 
 
 def to_integer(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -41,10 +56,10 @@ def to_integer(model: onnx.ModelProto) -> onnx.ModelProto:
     return _Rearrangement(model).run()
 
 
-def count_integer_operators(nodes: Iterable[NodeProto]) -> dict[str, int]:
-    """How many of each integer product, and of convolutions that stayed floats, a graph has."""
-    kinds = (*INTEGER_OPERATORS, 'MatMulIntegerToFloat', 'Conv', 'FusedConv', 'ConvTranspose')
+def count_products(nodes: Iterable[NodeProto]) -> dict[str, int]:
+    """How many integer and floating-point products a graph has, by operator."""
     counts = Counter(node.op_type for node in nodes)
+    kinds = (*INTEGER_OPERATORS, *FLOAT_OPERATORS)
     return {kind: counts[kind] for kind in kinds if counts[kind]}
 
 
@@ -55,20 +70,21 @@ class _Rearrangement:
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producers = {name: node for node in self.graph.node for name in node.output}
         self.nodes: list[NodeProto] = []
-        self.made: dict[str, str] = {}
+        self.written: set[str] = set()
 
     def run(self) -> onnx.ModelProto:
+        rules = {
+            'Conv': self._convolution,
+            'ConvTranspose': self._transposed,
+            'MatMul': self._linear,
+        }
         for node in self.graph.node:
-            operands = self._operands(node)
+            operands = self._operands(node) if node.op_type in rules else None
             if operands is None:
                 self.nodes.append(node)
-            elif node.op_type == 'MatMul':
-                self._linear(node, *operands)
-            elif node.op_type == 'Conv':
-                self._convolution(node, *operands)
             else:
-                self._transposed(node, *operands)
-        nodes = _needed(_without_relu(self.nodes), {o.name for o in self.graph.output})
+                rules[node.op_type](node, *operands)
+        nodes = _needed(self.nodes, {output.name for output in self.graph.output})
         used = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
             nodes,
@@ -77,8 +93,9 @@ class _Rearrangement:
             self.graph.output,
             [tensor for name, tensor in self.constants.items() if name in used],
         )
+        opsets = [*self.model.opset_import, helper.make_opsetid(RUNTIME_DOMAIN, 1)]
         made = helper.make_model(
-            graph, opset_imports=self.model.opset_import, producer_name=self.model.producer_name
+            graph, opset_imports=opsets, producer_name=self.model.producer_name
         )
         made.ir_version = self.model.ir_version
         return made
@@ -87,12 +104,8 @@ class _Rearrangement:
 
     def _operands(self, node: NodeProto) -> tuple[NodeProto, NodeProto] | None:
         """The DequantizeLinear nodes of input and weight, if the product can be one of integers."""
-        if node.op_type not in ('Conv', 'ConvTranspose', 'MatMul'):
-            return None
         x, weight = (self.producers.get(name) for name in node.input[:2])
-        if x is None or weight is None:
-            return None
-        if {x.op_type, weight.op_type} != {'DequantizeLinear'}:
+        if x is None or weight is None or {x.op_type, weight.op_type} != {'DequantizeLinear'}:
             return None
         stored = self.constants.get(weight.input[0])
         if stored is None or stored.data_type not in (TensorProto.INT8, TensorProto.INT4):
@@ -107,112 +120,183 @@ class _Rearrangement:
     def _array(self, name: str) -> np.ndarray:
         return numpy_helper.to_array(self.constants[name])
 
+    def _integers(self, weight: NodeProto) -> np.ndarray:
+        return self._array(weight.input[0]).astype(np.int8)
+
     # --- what becomes of it -----------------------------------------------------------------------
-
-    def _convolution(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
-        codes, zero = self._input_codes(x, np.int8)
-        integers = self._array(weight.input[0]).astype(np.int8)
-        y = node.output[0]
-        self._product(node, codes, zero, integers, _attributes(node), f'{y}.sums')
-        out = y if len(node.input) < 3 else f'{y}.scaled'
-        self._scale(x, weight, f'{y}.sums', out, axis=1)
-        if len(node.input) > 2:
-            bias = self._array(node.input[2]).reshape(-1, 1, 1)
-            self._node('Add', [out, self._constant(f'{node.input[2]}.planes', bias)], y)
-
-    def _transposed(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
-        """Windows that tile the output: a 1x1 convolution to blocks of pixels."""
-        codes, zero = self._input_codes(x, np.int8)
-        integers = self._array(weight.input[0]).astype(np.int8)
-        size = integers.shape[2]
-        # [in, out, i, j] to [out * i * j, in, 1, 1]
-        blocks = integers.transpose(1, 2, 3, 0).reshape(-1, integers.shape[0], 1, 1)
-        y = node.output[0]
-        self._product(node, codes, zero, blocks, dict(kernel_shape=[1, 1]), f'{y}.sums')
-        out = y if len(node.input) < 3 else f'{y}.scaled'
-        # ONNX Runtime moves blocks of floats, not of int32.
-        self._scale(x, weight, f'{y}.sums', f'{y}.blocks', axis=1, repeats=size * size)
-        self._node('DepthToSpace', [f'{y}.blocks'], out, blocksize=size, mode='CRD')
-        if len(node.input) > 2:
-            bias = self._array(node.input[2]).reshape(-1, 1, 1)
-            self._node('Add', [out, self._constant(f'{node.input[2]}.planes', bias)], y)
 
     def _linear(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
         codes, zero = self._input_codes(x, np.uint8)
+        scales = self._array(weight.input[1])
+        self._product(node, codes, zero, x, self._integers(weight), scales, None, node.output[0])
+
+    def _convolution(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
+        integers = self._integers(weight)
+        if integers.shape[1] < UNFOLD_CHANNELS:
+            self._direct(node, x, weight)
+            return
+        codes, zero = self._input_codes(x, np.uint8)
+        rows = self._unfolded(self._pixels(codes), zero, _attributes(node))
+        # [out, in, i, j] to [i * j * in, out]
+        matrix = integers.transpose(2, 3, 1, 0).reshape(-1, integers.shape[0])
+        bias = self._array(node.input[2]) if len(node.input) > 2 else None
         y = node.output[0]
-        integers = self._constant(weight.input[0], self._array(weight.input[0]).astype(np.int8))
-        self._node('MatMulInteger', [codes, integers, zero], f'{y}.sums')
-        self._scale(x, weight, f'{y}.sums', y, axis=-1)
+        scales = self._array(weight.input[1])
+        self._product(node, rows, zero, x, matrix, scales, bias, f'{y}.pixels')
+        self._node('Transpose', [f'{y}.pixels'], y, perm=[0, 3, 1, 2])
+
+    def _transposed(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
+        """Windows that tile the output: every input pixel becomes a block of pixels."""
+        codes, zero = self._input_codes(x, np.uint8)
+        integers = self._integers(weight)
+        area = integers.shape[2] * integers.shape[3]
+        # [in, out, i, j] to [in, out * i * j]
+        matrix = integers.reshape(integers.shape[0], -1)
+        bias = self._array(node.input[2]).repeat(area) if len(node.input) > 2 else None
+        scales = self._array(weight.input[1]).repeat(area)
+        y = node.output[0]
+        self._product(
+            node, self._pixels(codes), zero, x, matrix, scales, bias, f'{y}.pixels'
+        )
+        self._node('Transpose', [f'{y}.pixels'], f'{y}.blocks', perm=[0, 3, 1, 2])
+        self._node(
+            'DepthToSpace', [f'{y}.blocks'], y, blocksize=integers.shape[2], mode='CRD'
+        )
 
     def _product(
         self,
         node: NodeProto,
         codes: str,
         zero: str,
-        integers: np.ndarray,
-        attributes: dict[str, Any],
+        x: NodeProto,
+        matrix: np.ndarray,
+        scales: np.ndarray,
+        bias: np.ndarray | None,
         out: str,
     ) -> None:
         name = node.input[1]
-        shifted = f'{name}.unsigned'
-        if shifted not in self.made:
-            self.made[shifted] = shifted
-            stored = self._constant(f'{name}.codes', integers)
-            shift = self._constant('weight_shift', np.int32(SHIFT))
-            self._node('Cast', [stored], f'{name}.wide', to=TensorProto.INT32)
-            self._node('Add', [f'{name}.wide', shift], f'{name}.shifted')
-            self._node('Cast', [f'{name}.shifted'], shifted, to=TensorProto.UINT8)
-        weight_zero = self._constant('weight_zero', np.uint8(SHIFT))
-        self._node('ConvInteger', [codes, shifted, zero, weight_zero], out, **attributes)
+        inputs = [
+            codes,
+            self._constant(f'{name}.matrix', matrix),
+            x.input[1],
+            self._constant(f'{name}.scales', scales),
+            zero,
+            self._constant(f'{name}.zeros', np.zeros(matrix.shape[1], np.int8)),
+        ]
+        if bias is not None:
+            inputs.append(self._constant(f'{name}.bias', bias))
+        self._node('MatMulIntegerToFloat', inputs, out, domain=RUNTIME_DOMAIN)
 
-    def _scale(
-        self, x: NodeProto, weight: NodeProto, sums: str, out: str, axis: int, repeats: int = 1
-    ) -> None:
-        """Integer sums times both scales."""
-        scale, unit = self._array(x.input[1]), self._array(weight.input[1])
-        both = (unit.astype(np.float64) * float(scale)).astype(np.float32).repeat(repeats)
-        name = self._constant(f'{weight.output[0]}.unit', both)
-        self._node('DequantizeLinear', [sums, name], out, axis=axis)
+    def _direct(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
+        codes, zero = self._input_codes(x, np.int8)
+        name, y = node.input[1], node.output[0]
+        stored = self._constant(f'{name}.stored', self._integers(weight))
+        shift = self._constant('weight.shift', np.int32(SHIFT))
+        # Of constants alone: done once, when the graph is loaded.
+        self._once('Cast', [stored], f'{name}.wide', to=TensorProto.INT32)
+        self._once('Add', [f'{name}.wide', shift], f'{name}.shifted')
+        self._once('Cast', [f'{name}.shifted'], f'{name}.unsigned', to=TensorProto.UINT8)
+        inputs = [codes, f'{name}.unsigned', zero, self._constant('weight.zero', np.uint8(SHIFT))]
+        self._node('ConvInteger', inputs, f'{y}.sums', **_attributes(node))
+        scale = float(self._array(x.input[1]))
+        both = (self._array(weight.input[1]).astype(np.float64) * scale).astype(np.float32)
+        out = y if len(node.input) < 3 else f'{y}.scaled'
+        unit = self._constant(f'{name}.unit', both)
+        self._node('DequantizeLinear', [f'{y}.sums', unit], out, axis=1)
+        if len(node.input) > 2:
+            planes = self._array(node.input[2]).reshape(-1, 1, 1)
+            self._node('Add', [out, self._constant(f'{name}.planes', planes)], y)
+
+    # --- the input's codes ------------------------------------------------------------------------
 
     def _input_codes(self, x: NodeProto, dtype: type[np.integer]) -> tuple[str, str]:
-        """Names of an input's codes and zero point in the type that the product wants."""
+        """Names of an input's codes and of their zero point, in the type that a product wants."""
         clip = self.producers[x.input[0]]
         quantize = self.producers[clip.input[0]] if clip.op_type == 'Clip' else clip
-        had = self._array(quantize.input[2]).dtype
-        own = np.iinfo(had)
+        own, limits = np.iinfo(self._array(quantize.input[2]).dtype), np.iinfo(dtype)
         low, high = int(own.min), int(own.max)
         if clip.op_type == 'Clip':
             low, high = (int(self._array(name)) for name in clip.input[1:])
-        limits = np.iinfo(dtype)
         zero = 0
         if not limits.min <= low <= high <= limits.max:
-            zero = SHIFT if dtype is np.uint8 else -SHIFT
-        low, high = low + zero, high + zero
-        name = f'{x.input[0]}.{np.dtype(dtype).name}'
-        zero_name = self._constant(f'zero.{np.dtype(dtype).name}.{zero}', dtype(zero))
-        if name in self.made:
-            return self.made[name], zero_name
-        self._node('QuantizeLinear', [quantize.input[0], quantize.input[1], zero_name], name)
-        self.made[name] = name
-        if (low, high) != (limits.min, limits.max):
-            bounds = [self._constant(f'bound.{np.dtype(dtype).name}.{b}', dtype(b)) for b in (low, high)]
-            self._node('Clip', [name, *bounds], f'{name}.clipped')
-            self.made[name] = f'{name}.clipped'
-        return self.made[name], zero_name
+            zero = SHIFT if limits.min == 0 else -SHIFT
+        source = quantize.input[0]
+        before = self.producers.get(source)
+        if low == 0 and before is not None and before.op_type == 'Relu':
+            # The lowest code is 0: quantizing clips there itself.
+            source = before.input[0]
+        kind = np.dtype(dtype).name
+        zero_name = self._constant(f'zero.{kind}.{zero}', dtype(zero))
+        codes = f'{x.input[0]}.{kind}'
+        self._once('QuantizeLinear', [source, quantize.input[1], zero_name], codes)
+        if (low + zero, high + zero) != (limits.min, limits.max):
+            bounds = [
+                self._constant(f'bound.{kind}.{bound}', dtype(bound))
+                for bound in (low + zero, high + zero)
+            ]
+            self._once('Clip', [codes, *bounds], f'{codes}.clipped')
+            codes = f'{codes}.clipped'
+        return codes, zero_name
+
+    def _pixels(self, codes: str) -> str:
+        """NCHW to NHWC."""
+        self._once('Transpose', [codes], f'{codes}.pixels', perm=[0, 2, 3, 1])
+        return f'{codes}.pixels'
+
+    def _unfolded(self, pixels: str, zero: str, attributes: dict[str, Any]) -> str:
+        """Side by side, for every window, its pixels: ``[n, h, w, i * j * c]``."""
+        kernel, strides = list(attributes['kernel_shape']), list(attributes['strides'])
+        dilations, pads = list(attributes['dilations']), list(attributes['pads'])
+        if any(pads):
+            padded = f'{pixels}.padded.{_tag(pads)}'
+            amounts = [0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0]
+            self._once('Pad', [pixels, self._numbers(amounts), zero], padded)
+            pixels = padded
+        if kernel == strides == [1, 1]:
+            return pixels
+        windows = f'{pixels}.windows.{_tag([*kernel, *strides, *dilations])}'
+        pieces = []
+        for i, j in np.ndindex(*kernel):
+            start = [i * dilations[0], j * dilations[1]]
+            # Up to the last window's pixel, counted from the end.
+            stop = [
+                -(size - 1 - at) * dilation or END
+                for size, at, dilation in zip(kernel, (i, j), dilations, strict=True)
+            ]
+            piece = f'{windows}.{i}.{j}'
+            places = [self._numbers(value) for value in (start, stop, [1, 2], strides)]
+            self._once('Slice', [pixels, *places], piece)
+            pieces.append(piece)
+        if len(pieces) == 1:
+            return pieces[0]
+        self._once('Concat', pieces, windows, axis=3)
+        return windows
+
+    # --- writing ----------------------------------------------------------------------------------
 
     def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(operator, inputs, [output], output, **attributes))
 
+    def _once(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        """A node that several layers may share."""
+        if output not in self.written:
+            self.written.add(output)
+            self._node(operator, inputs, output, **attributes)
+
+    def _numbers(self, values: list[int]) -> str:
+        return self._constant(f'numbers.{_tag(values)}', np.array(values, np.int64))
+
     def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        array = np.asarray(value)
-        self.constants[name] = helper.make_tensor(
-            name,
-            helper.np_dtype_to_tensor_dtype(array.dtype),
-            array.shape,
-            array.tobytes(),
-            raw=True,
-        )
+        if name not in self.constants:
+            array = np.asarray(value)
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            content = np.ascontiguousarray(array).tobytes()
+            self.constants[name] = helper.make_tensor(name, kind, array.shape, content, raw=True)
         return name
+
+
+def _tag(values: Iterable[int]) -> str:
+    return '_'.join(map(str, values))
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
@@ -227,24 +311,8 @@ def _is_tiling(attributes: dict[str, Any]) -> bool:
         and list(attributes['strides']) == kernel
         and not any(attributes['pads'])
         and not any(attributes['output_padding'])
-        and all(d == 1 for d in attributes['dilations'])
+        and all(dilation == 1 for dilation in attributes['dilations'])
     )
-
-
-def _without_relu(nodes: list[NodeProto]) -> list[NodeProto]:
-    """Lets quantizers of unsigned codes skip the ReLU before them: they clip at 0 themselves."""
-    relus = {node.output[0]: node.input[0] for node in nodes if node.op_type == 'Relu'}
-    clips = {node.input[0]: node for node in nodes if node.op_type == 'Clip'}
-    made = []
-    for node in nodes:
-        if node.op_type == 'QuantizeLinear' and node.input[0] in relus:
-            clip = clips.get(node.output[0])
-            bottom = clip.input[1] if clip is not None else node.input[2]
-            unsigned = bottom in ('bound.int8.0', 'bound.uint8.0', 'zero.int8.-128', 'zero.uint8.0')
-            if unsigned:
-                node.input[0] = relus[node.input[0]]
-        made.append(node)
-    return made
 
 
 def _needed(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from slope_mm.errors import ExportError
 from slope_mm.export.folder import ExportIndex, PartFiles
+from slope_mm.export.graph import IR_VERSIONS
 from slope_mm.export.parts import DENSE, dense_head, has_rois, roi_heads, unflatten
+from slope_mm.export.skeleton import TRACED_OPSET
 
 
 def open_session(
@@ -43,8 +47,6 @@ def open_session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     # Weights of layers that compute in floats are dequantized once instead of at every run.
     options.add_session_config_entry('session.disable_quant_qdq', '1')
-    # Without VNNI, sums of 8-bit products would saturate at 16 bits.
-    options.add_session_config_entry('session.x64quantprecision', '1')
     if optimized_path is not None:
         options.optimized_model_filepath = optimized_path
     source = model if isinstance(model, bytes) else os.fspath(model)
@@ -52,6 +54,28 @@ def open_session(
         return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # its classes have no common base but this one
         raise ExportError(f'ONNX Runtime refuses the graph: {error}') from None
+
+
+@functools.lru_cache(maxsize=1)
+def integer_products_are_exact() -> bool:
+    """Whether this machine adds products of 8 bits without loss.
+
+    x86 without VNNI adds pairs of them in 16 bits, which saturate.
+    """
+    size = 64
+    weight = helper.make_tensor('b', TensorProto.INT8, [size, size], [127] * size * size)
+    graph = helper.make_graph(
+        [helper.make_node('MatMulInteger', ['a', 'b'], ['y'])],
+        'probe',
+        [helper.make_tensor_value_info('a', TensorProto.UINT8, [size, size])],
+        [helper.make_tensor_value_info('y', TensorProto.INT32, [size, size])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', TRACED_OPSET)])
+    model.ir_version = IR_VERSIONS[TRACED_OPSET]
+    codes = torch.full((size, size), 255, dtype=torch.uint8)
+    (found,) = outputs_of(open_session(model.SerializeToString(), threads=1), codes)
+    return bool((found == size * 255 * 127).all())
 
 
 class OnnxPart:
@@ -68,8 +92,9 @@ class OnnxPart:
 
     @classmethod
     def load(cls, folder: Path, files: PartFiles, threads: int | None = None) -> OnnxPart:
-        """Opens the graph for the CPU provider."""
-        return cls(open_session(folder / files.cpu, threads), files.structure)
+        """Opens the graph for the CPU provider, or the portable one where that would saturate."""
+        name = files.cpu if integer_products_are_exact() else files.portable
+        return cls(open_session(folder / name, threads), files.structure)
 
     def __call__(self, x: Tensor) -> Any:
         if x.device.type != 'cpu':
