@@ -18,9 +18,7 @@ from slope_mm.export.folder import read_index
 
 
 @MODELS.register_module()
-def OnnxDetector(
-    folder: str, arch: str, threads: int | None = None, **model: Any
-) -> nn.Module:
+def OnnxDetector(folder: str, arch: str, threads: int | None = None, **model: Any) -> nn.Module:
     """Builds a stock detector whose heavy parts run in ONNX Runtime. Registered in ``MODELS``.
 
     Args:

@@ -305,9 +305,7 @@ def _check_call(
     return LayerReport(call.name, weights, wrong, compared, relative_error(tensors[call.output], y))
 
 
-def _wrong_weights(
-    layer: Any, norm: Any, constants: dict[str, onnx.TensorProto], name: str
-) -> int:
+def _wrong_weights(layer: Any, norm: Any, constants: dict[str, onnx.TensorProto], name: str) -> int:
     """How many stored integers are not the compressed weight in units of the stored scale.
 
     The scale itself is checked by the outputs; here it is the trained step (or half of it, where

@@ -71,6 +71,8 @@ class _Rearrangement:
         self.producers = {name: node for node in self.graph.node for name in node.output}
         self.nodes: list[NodeProto] = []
         self.written: set[str] = set()
+        # Outputs of transposed convolutions: their blocks in NHWC, channels and side of a block.
+        self.blocks: dict[str, tuple[str, int, int]] = {}
 
     def run(self) -> onnx.ModelProto:
         rules = {
@@ -135,8 +137,8 @@ class _Rearrangement:
         if integers.shape[1] < UNFOLD_CHANNELS:
             self._direct(node, x, weight)
             return
-        codes, zero = self._input_codes(x, np.uint8)
-        rows = self._unfolded(self._pixels(codes), zero, _attributes(node))
+        pixels, zero = self._pixel_codes(x)
+        rows = self._unfolded(pixels, zero, _attributes(node))
         # [out, in, i, j] to [i * j * in, out]
         matrix = integers.transpose(2, 3, 1, 0).reshape(-1, integers.shape[0])
         bias = self._array(node.input[2]) if len(node.input) > 2 else None
@@ -147,21 +149,36 @@ class _Rearrangement:
 
     def _transposed(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
         """Windows that tile the output: every input pixel becomes a block of pixels."""
-        codes, zero = self._input_codes(x, np.uint8)
+        pixels, zero = self._pixel_codes(x)
         integers = self._integers(weight)
-        area = integers.shape[2] * integers.shape[3]
-        # [in, out, i, j] to [in, out * i * j]
-        matrix = integers.reshape(integers.shape[0], -1)
-        bias = self._array(node.input[2]).repeat(area) if len(node.input) > 2 else None
-        scales = self._array(weight.input[1]).repeat(area)
+        channels, size = integers.shape[1], integers.shape[2]
+        # [in, out, i, j] to [in, i * j * out]
+        matrix = integers.transpose(0, 2, 3, 1).reshape(integers.shape[0], -1)
+        scales = np.tile(self._array(weight.input[1]), size * size)
+        bias = None
+        if len(node.input) > 2:
+            bias = np.tile(self._array(node.input[2]), size * size)
         y = node.output[0]
-        self._product(
-            node, self._pixels(codes), zero, x, matrix, scales, bias, f'{y}.pixels'
-        )
-        self._node('Transpose', [f'{y}.pixels'], f'{y}.blocks', perm=[0, 3, 1, 2])
-        self._node(
-            'DepthToSpace', [f'{y}.blocks'], y, blocksize=integers.shape[2], mode='CRD'
-        )
+        self._product(node, pixels, zero, x, matrix, scales, bias, f'{y}.blocks')
+        self.blocks[y] = f'{y}.blocks', channels, size
+        # For consumers that do not quantize; others take the codes of the blocks.
+        self._node('Transpose', [self._spread(*self.blocks[y])], y, perm=[0, 3, 1, 2])
+
+    def _spread(self, blocks: str, channels: int, size: int) -> str:
+        """``[n, h, w, i * j * c]`` to ``[n, h * i, w * j, c]``, of any type."""
+        out = f'{blocks}.spread'
+        split = self._numbers([0, 0, 0, size, size, channels])
+        self._once('Reshape', [blocks, split], f'{blocks}.split')
+        self._once('Transpose', [f'{blocks}.split'], f'{blocks}.turned', perm=[0, 1, 3, 2, 4, 5])
+        self._once('Shape', [blocks], f'{blocks}.shape')
+        first, last = self._numbers([0]), self._numbers([3])
+        self._once('Slice', [f'{blocks}.shape', first, last], f'{blocks}.places')
+        growth = self._numbers([1, size, size])
+        self._once('Mul', [f'{blocks}.places', growth], f'{blocks}.grown')
+        whole = [f'{blocks}.grown', self._numbers([channels])]
+        self._once('Concat', whole, f'{blocks}.target', axis=0)
+        self._once('Reshape', [f'{blocks}.turned', f'{blocks}.target'], out)
+        return out
 
     def _product(
         self,
@@ -209,26 +226,24 @@ class _Rearrangement:
 
     # --- the input's codes ------------------------------------------------------------------------
 
-    def _input_codes(self, x: NodeProto, dtype: type[np.integer]) -> tuple[str, str]:
-        """Names of an input's codes and of their zero point, in the type that a product wants."""
-        clip = self.producers[x.input[0]]
-        quantize = self.producers[clip.input[0]] if clip.op_type == 'Clip' else clip
-        own, limits = np.iinfo(self._array(quantize.input[2]).dtype), np.iinfo(dtype)
-        low, high = int(own.min), int(own.max)
-        if clip.op_type == 'Clip':
-            low, high = (int(self._array(name)) for name in clip.input[1:])
+    def _input_codes(
+        self, x: NodeProto, dtype: type[np.integer], blocks: str | None = None
+    ) -> tuple[str, str]:
+        """Names of an input's codes and of their zero point, in the type that a product wants.
+
+        Args:
+            x: The DequantizeLinear node of the input.
+            dtype: int8 or uint8.
+            blocks: What is quantized instead: the same values, arranged otherwise.
+        """
+        kind, limits = np.dtype(dtype).name, np.iinfo(dtype)
+        source, low, high = self._quantized(x)
         zero = 0
         if not limits.min <= low <= high <= limits.max:
             zero = SHIFT if limits.min == 0 else -SHIFT
-        source = quantize.input[0]
-        before = self.producers.get(source)
-        if low == 0 and before is not None and before.op_type == 'Relu':
-            # The lowest code is 0: quantizing clips there itself.
-            source = before.input[0]
-        kind = np.dtype(dtype).name
         zero_name = self._constant(f'zero.{kind}.{zero}', dtype(zero))
-        codes = f'{x.input[0]}.{kind}'
-        self._once('QuantizeLinear', [source, quantize.input[1], zero_name], codes)
+        codes = f'{x.input[0]}.{kind}' if blocks is None else f'{x.input[0]}.{kind}.blocks'
+        self._once('QuantizeLinear', [blocks or source, x.input[1], zero_name], codes)
         if (low + zero, high + zero) != (limits.min, limits.max):
             bounds = [
                 self._constant(f'bound.{kind}.{bound}', dtype(bound))
@@ -238,10 +253,32 @@ class _Rearrangement:
             codes = f'{codes}.clipped'
         return codes, zero_name
 
-    def _pixels(self, codes: str) -> str:
-        """NCHW to NHWC."""
+    def _quantized(self, x: NodeProto) -> tuple[str, int, int]:
+        """What a DequantizeLinear's codes were made of, and the smallest and largest code."""
+        quantize = self.producers[x.input[0]]
+        limits = np.iinfo(self._array(x.input[2]).dtype)
+        low, high = int(limits.min), int(limits.max)
+        if quantize.op_type == 'Clip':
+            low, high = (int(self._array(name)) for name in quantize.input[1:])
+            quantize = self.producers[quantize.input[0]]
+        source = quantize.input[0]
+        before = self.producers.get(source)
+        if low == 0 and before is not None and before.op_type == 'Relu':
+            # The lowest code is 0: quantizing clips there itself.
+            source = before.input[0]
+        return source, low, high
+
+    def _pixel_codes(self, x: NodeProto) -> tuple[str, str]:
+        """An input's codes in uint8 and NHWC, and their zero point."""
+        source, _, _ = self._quantized(x)
+        if source in self.blocks:
+            # Blocks of codes are moved instead of blocks of floats: a quarter of the bytes.
+            blocks, channels, size = self.blocks[source]
+            codes, zero = self._input_codes(x, np.uint8, blocks)
+            return self._spread(codes, channels, size), zero
+        codes, zero = self._input_codes(x, np.uint8)
         self._once('Transpose', [codes], f'{codes}.pixels', perm=[0, 2, 3, 1])
-        return f'{codes}.pixels'
+        return f'{codes}.pixels', zero
 
     def _unfolded(self, pixels: str, zero: str, attributes: dict[str, Any]) -> str:
         """Side by side, for every window, its pixels: ``[n, h, w, i * j * c]``."""

@@ -103,10 +103,7 @@ def detector_parts(detector: nn.Module) -> list[Part]:
                 f'roi_head is a {type(roi_head).__name__}, whose heads take more than RoI features;'
                 f' {", ".join(ROI_HEADS)} can be exported'
             )
-        parts += [
-            Part(name, module, 'features', ROI_AXES)
-            for name, module in roi_heads(detector)
-        ]
+        parts += [Part(name, module, 'features', ROI_AXES) for name, module in roi_heads(detector)]
     _refuse_leftovers(detector, parts)
     return parts
 
@@ -182,9 +179,7 @@ def capture_inputs(detector: Any, batch: dict[str, Any]) -> dict[str, list[Tenso
     found: dict[str, list[Tensor]] = {}
     targets = [('backbone', detector.backbone)]
     targets += list(roi_heads(detector)) if has_rois(detector) else []
-    handles = [
-        module.register_forward_pre_hook(_recorder(found, name)) for name, module in targets
-    ]
+    handles = [module.register_forward_pre_hook(_recorder(found, name)) for name, module in targets]
     thresholds = getattr(getattr(detector, 'roi_head', None), 'test_cfg', None)
     before = None if thresholds is None else thresholds.get('score_thr')
     try:

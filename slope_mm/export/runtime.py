@@ -154,4 +154,3 @@ def outputs_of(session: onnxruntime.InferenceSession, x: Tensor) -> list[np.ndar
     """All outputs of a session."""
     found = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x.numpy())})
     return list(found)
-

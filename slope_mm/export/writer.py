@@ -154,7 +154,7 @@ def export_onnx(
         'gate': {part.name: report.facts() for part, report in zip(exported, reports, strict=True)},
     }
     with staged(folder) as stage:
-        files = [_write(part, stage) for part in exported]
+        files = [write_part(part, stage) for part in exported]
         told = to_plain(dict(dataset_meta or {}), 'dataset_meta')
         index = ExportIndex(files, type(detector).__name__, told, facts)
         write_index(stage, index)
@@ -173,7 +173,7 @@ def _refuse_uncalibrated(detector: nn.Module) -> None:
         )
 
 
-def _write(part: ExportedPart, folder: Path) -> PartFiles:
+def write_part(part: ExportedPart, folder: Path) -> PartFiles:
     names = f'{part.name}.onnx', f'{part.name}.cpu.onnx'
     sums = {}
     for name, graph in zip(names, (part.portable, part.cpu), strict=True):
