@@ -32,6 +32,11 @@ def batch_norm_pairs(model: nn.Module, any_step: bool = False) -> list[tuple[str
 
     Known are mmcv's ``ConvModule``, ``nn.Sequential`` and the blocks of ResNets. A layer or norm
     that several pairs share is left out.
+
+    Args:
+        model: A compressed or plain model.
+        any_step: Count layers with one step for all channels too, which cannot hold a factor for
+            each themselves.
     """
     names = {module: name for name, module in model.named_modules()}
     pairs = [

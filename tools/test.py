@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
 
-import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
+from slope_mm.convert import bake
 from slope_mm.engine import launch
 from slope_mm.engine.stock import is_baked, use_stock_model
 from slope_mm.engine.tta import check_tta, use_tta
-from slope_mm.errors import ConfigError
+from slope_mm.errors import ConfigError, ExportError
 from slope_mm.export import require_runtime
 from slope_mm.export.detector import use_onnx_model
+from slope_mm.export.semi_structured import NEEDS_CUDA, use_semi_structured
 
 BACKENDS = ('torch', 'onnxruntime', 'semi_structured')
 
@@ -77,6 +79,8 @@ def main() -> None:
     if args.tta:
         check_tta(config)
     config.load_from, config.resume = args.checkpoint, False
+    if args.backend == 'semi_structured' and not torch.cuda.is_available():
+        raise ExportError(NEEDS_CUDA)
     if args.backend == 'onnxruntime':
         use_export(config, args.checkpoint)
     else:
@@ -90,6 +94,12 @@ def main() -> None:
     runner = launch.build_runner(config)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    if args.backend == 'semi_structured':
+        # Masks and kernels are made of the loaded weights.
+        runner.load_or_resume()
+        bake(runner.model, activations='fake_quant', inplace=True)
+        names = use_semi_structured(runner.model)
+        print(f'{len(names)} layers run with semi-structured kernels')
     runner.test()
 
 

@@ -36,7 +36,7 @@ LAYER_TOLERANCE = 1e-4
 OUTPUT_TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 1e-2
 # Where PyTorch's own outputs move further than that when its inputs move in their last bits (deep,
-# untrained networks), a few times that much; a graph that computes something else differs by about 1.
+# untrained networks), a few times that much; a graph that computes something else is off by 1.
 NOISE = 1e-6
 NOISE_FACTOR = 3
 LARGEST_TOLERANCE = 0.5
@@ -320,7 +320,7 @@ def _wrong_weights(layer: Any, norm: Any, constants: dict[str, onnx.TensorProto]
     codes = layer.slope_spec.weight_codes
     unit = positive(layer.step).double() / (2 if codes is not None and codes.offset else 1)
     expected = (layer.compressed_weight().double() / unit).round().long().numpy()
-    signs = np.ones(1, np.int64)
+    signs: np.ndarray = np.ones(1, np.int64)
     if norm is not None:
         scale = numpy_helper.to_array(constants[f'{name}.weight.scale'])
         # A negative factor negates the codes or, where they have no negative, the scale.

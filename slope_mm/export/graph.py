@@ -159,7 +159,7 @@ class _Lowering:
                 f"layer '{layer.name}' is a grouped transposed convolution, whose output channels"
                 ' lie on no axis of its weight; leave it out of the recipe'
             )
-        if self.int4 and -8 <= value.min() and value.max() <= 7:
+        if self.int4 and value.min() >= -8 and value.max() <= 7:
             value = value.astype(ml_dtypes.int4)
         codes = self._constant(f'{name}.codes', value)
         scale = self._constant(f'{name}.scale', layer.scale)

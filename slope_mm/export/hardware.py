@@ -114,7 +114,7 @@ def hardware_reports(model: nn.Module) -> list[HardwareReport]:
         if not exportable(module):
             continue
         compressed = isinstance(module, CompressedLayer)
-        weight = module.compressed_weight() if compressed else module.weight  # type: ignore[operator]
+        weight = module.compressed_weight() if compressed else module.weight
         axis = 0 if isinstance(module, nn.ConvTranspose2d) else 1
         kind = 'Linear' if isinstance(module, nn.Linear) else type(module).__name__
         reports.append(

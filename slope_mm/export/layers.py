@@ -112,8 +112,8 @@ def describe_layer(name: str, module: Any, norm: _BatchNorm | None) -> ExportedL
     factor = torch.ones(channels, dtype=torch.float64)
     bias = None if module.bias is None else module.bias.double()
     if norm is not None:
-        factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[operator]
-        shift = norm.bias.double() - norm.running_mean.double() * factor  # type: ignore[operator]
+        factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
+        shift = norm.bias.double() - norm.running_mean.double() * factor  # type: ignore[union-attr]
         bias = shift if bias is None else bias * factor + shift
     weight, scale, bits = _weight(module, factor, axis)
     return ExportedLayer(

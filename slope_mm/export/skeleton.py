@@ -35,7 +35,7 @@ _library.define('layer(Tensor x, str name) -> Tensor')
 
 def _run_layer(x: Tensor, name: str) -> Tensor:
     module = _running[name]
-    return type(module).forward(module, x)  # type: ignore[arg-type]
+    return type(module).forward(module, x)
 
 
 _library.impl('layer', _run_layer, 'CompositeExplicitAutograd')
@@ -73,9 +73,9 @@ def marked(model: nn.Module) -> Iterator[nn.Module]:
     layers = {name: module for name, module in copied.named_modules() if exportable(module)}
     for name, module in layers.items():
         if type(module) in STOCK_KINDS:
-            module.__class__ = STOCK_KINDS[type(module)]  # type: ignore[index,assignment]
+            module.__class__ = STOCK_KINDS[type(module)]
         _running[name] = module
-        module.forward = _Marked(name)  # type: ignore[assignment]
+        module.forward = _Marked(name)
     try:
         yield copied
     finally:
@@ -108,7 +108,7 @@ def trace(
     options: dict[str, Any] = {}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
         options['dynamo'] = False
-    content = io.BytesIO()
+    content: Any = io.BytesIO()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # Deprecations of the exporter, and Python numbers that the trace turns into constants;
