@@ -15,13 +15,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.version_converter
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from slope_mm.errors import ExportError
 from slope_mm.export.layers import ExportedLayer, InputQuantizer
 from slope_mm.export.skeleton import DOMAIN, MARKER, TRACED_OPSET
 
-# QuantizeLinear's int4 and int16 come with this opset.
+# DequantizeLinear's int4 comes with this opset.
 WIDE_OPSET = 21
 IR_VERSIONS = {TRACED_OPSET: 8, WIDE_OPSET: 10}
 
@@ -46,26 +47,68 @@ class LayerCall:
 
 
 def lower(
-    skeleton: onnx.ModelProto, layers: Mapping[str, ExportedLayer], int4: bool = False
+    skeleton: onnx.ModelProto, layers: Mapping[str, ExportedLayer]
 ) -> tuple[onnx.ModelProto, list[LayerCall]]:
     """Puts the layers in the place of their markers.
 
     Args:
         skeleton: What :func:`~slope_mm.export.skeleton.trace` returned.
         layers: Layers by name.
-        int4: Store weights that fit in 4 bits as int4 (opset 21) instead of int8.
 
     Returns:
         The model, and where each layer is called in it.
     """
-    return _Lowering(skeleton, layers, int4).run()
+    return _Lowering(skeleton, layers).run()
+
+
+def with_int4(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Stores weights whose integers fit in 4 bits as int4, two in a byte.
+
+    Args:
+        model: What :func:`lower` made; it is left as it is.
+
+    Returns:
+        A model of opset 21 that computes the same.
+
+    Raises:
+        ExportError: If a node of the model cannot be carried to that opset.
+    """
+    try:
+        wide = onnx.version_converter.convert_version(model, WIDE_OPSET)
+    except RuntimeError as error:
+        raise ExportError(f'the graph cannot be carried to opset {WIDE_OPSET}: {error}') from None
+    wide.ir_version = IR_VERSIONS[WIDE_OPSET]
+    stored = {tensor.name: tensor for tensor in wide.graph.initializer}
+    for node in wide.graph.node:
+        codes = stored.get(node.input[0]) if node.op_type == 'DequantizeLinear' else None
+        if codes is None or codes.data_type != TensorProto.INT8:
+            continue
+        scale, zero = stored[node.input[1]], stored[node.input[2]]
+        axis = next(a.i for a in node.attribute if a.name == 'axis')
+        values, scales = _in_4_bits(
+            numpy_helper.to_array(codes), numpy_helper.to_array(scale), axis
+        )
+        if values.min() >= -8 and values.max() <= 7:
+            zeros = np.zeros(scales.shape)
+            for tensor, array in ((codes, values), (zero, zeros)):
+                narrow = array.astype(ml_dtypes.int4)
+                tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
+            scale.CopyFrom(numpy_helper.from_array(scales, scale.name))
+    return wide
+
+
+def _in_4_bits(values: np.ndarray, scales: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Channels whose codes a norm's sign turned to 8 get them back, and a negative scale."""
+    others = tuple(d for d in range(values.ndim) if d != axis)
+    signs = np.where(values.max(others) == 8, -1, 1)
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    return values * signs.reshape(shape), (scales * signs).astype(np.float32)
 
 
 class _Lowering:
-    def __init__(
-        self, skeleton: onnx.ModelProto, layers: Mapping[str, ExportedLayer], int4: bool
-    ) -> None:
-        self.skeleton, self.layers, self.int4 = skeleton, layers, int4
+    def __init__(self, skeleton: onnx.ModelProto, layers: Mapping[str, ExportedLayer]) -> None:
+        self.skeleton, self.layers = skeleton, layers
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
         self.written: set[str] = set()
@@ -86,14 +129,10 @@ class _Lowering:
             traced.output,
             [*traced.initializer, *self.constants.values()],
         )
-        wide = {TensorProto.INT4, TensorProto.INT16}
-        opset = TRACED_OPSET
-        if any(tensor.data_type in wide for tensor in self.constants.values()):
-            opset = WIDE_OPSET
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid('', opset)], producer_name='slope_mm'
+            graph, opset_imports=[helper.make_opsetid('', TRACED_OPSET)], producer_name='slope_mm'
         )
-        model.ir_version = IR_VERSIONS[opset]
+        model.ir_version = IR_VERSIONS[TRACED_OPSET]
         return model, self.calls
 
     def _lower(self, marker: NodeProto) -> None:
@@ -159,10 +198,11 @@ class _Lowering:
                 f"layer '{layer.name}' is a grouped transposed convolution, whose output channels"
                 ' lie on no axis of its weight; leave it out of the recipe'
             )
-        if self.int4 and value.min() >= -8 and value.max() <= 7:
-            value = value.astype(ml_dtypes.int4)
         codes = self._constant(f'{name}.codes', value)
         scale = self._constant(f'{name}.scale', layer.scale)
-        zero = self._constant(f'{name}.zero', np.zeros(layer.scale.shape, value.dtype))
-        self._node('DequantizeLinear', [codes, scale, zero], name, axis=axis)
+        inputs = [codes, scale]
+        if value.dtype == np.int8:
+            # int32 has no zero point.
+            inputs.append(self._constant(f'{name}.zero', np.zeros(layer.scale.shape, np.int8)))
+        self._node('DequantizeLinear', inputs, name, axis=axis)
         return name

@@ -110,7 +110,7 @@ class _Rearrangement:
         if x is None or weight is None or {x.op_type, weight.op_type} != {'DequantizeLinear'}:
             return None
         stored = self.constants.get(weight.input[0])
-        if stored is None or stored.data_type not in (TensorProto.INT8, TensorProto.INT4):
+        if stored is None or stored.data_type != TensorProto.INT8:
             return None
         attributes = _attributes(node)
         if attributes.get('group', 1) != 1:

@@ -46,7 +46,7 @@ class ExportedLayer:
     Attributes:
         name: Qualified name in the detector.
         kind: ``'conv'``, ``'conv_transpose'`` or ``'linear'``.
-        weight: Integers (int8, or int16 where int8 cannot hold them), or fp32 where the weight is
+        weight: Integers (int8, or int32 where int8 cannot hold them), or fp32 where the weight is
             not quantized; the layer's own shape.
         scale: fp32, one an output channel; None beside an fp32 weight.
         output_axis: Axis of output channels in ``weight``.
@@ -73,13 +73,22 @@ class ExportedLayer:
 
 
 def exportable(module: nn.Module) -> bool:
-    """Whether a module is a layer that is written as integers or as plain ONNX."""
-    return type(module) in LAYER_KINDS or type(module) in STOCK_KINDS
+    """Whether a module is a layer that is put into the graph here.
+
+    Plain layers that ONNX's operators cannot express are left to torch's exporter.
+    """
+    if type(module) in LAYER_KINDS:
+        return _pads_zeros(module)
+    return type(module) in STOCK_KINDS
 
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
     """Layer name to the name of the batch norm that is folded into it."""
-    return dict(batch_norm_pairs(model, any_step=True))
+    return {
+        layer: norm
+        for layer, norm in batch_norm_pairs(model, any_step=True)
+        if exportable(model.get_submodule(layer))
+    }
 
 
 @torch.no_grad()
@@ -153,8 +162,8 @@ def _weight(
     stuck = (integers.amin(others) == -128) & (factor < 0)
     negated = torch.where(stuck.reshape(shape), integers, negated)
     scale = torch.where(stuck, -scale, scale)
-    # 8-bit odd levels reach 255.
-    dtype = np.int8 if int(negated.abs().max()) <= 128 else np.int16
+    # 8-bit odd levels reach 255. DequantizeLinear takes int8 or int32 in every opset.
+    dtype = np.int8 if int(negated.abs().max()) <= 128 else np.int32
     return negated.numpy().astype(dtype), scale.float().numpy(), module.slope_spec.bits
 
 
@@ -188,10 +197,16 @@ def _quantizer(module: nn.Module) -> InputQuantizer | None:
     return InputQuantizer(float(positive(module.slope_act_step)), codes.qn, codes.qp)
 
 
+def _pads_zeros(module: Any) -> bool:
+    return getattr(module, 'padding_mode', 'zeros') == 'zeros' and not isinstance(
+        getattr(module, 'padding', 0), str
+    )
+
+
 def _attributes(name: str, module: Any, kind: str) -> dict[str, Any]:
     if kind == 'linear':
         return {}
-    if module.padding_mode != 'zeros' or isinstance(module.padding, str):
+    if not _pads_zeros(module):
         raise ExportError(
             f"layer '{name}' pads with {module.padding_mode!r} ({module.padding!r}), which its ONNX"
             ' operator cannot; only zero padding by numbers can be exported'

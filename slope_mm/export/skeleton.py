@@ -42,7 +42,11 @@ _library.impl('layer', _run_layer, 'CompositeExplicitAutograd')
 
 
 def _symbolic(g: Any, x: Any, name: Any) -> Any:
-    return g.op(f'{DOMAIN}::{MARKER}', x, name_s=name.node().s('value'))
+    y = g.op(f'{DOMAIN}::{MARKER}', x, name_s=name.node().s('value'))
+    if x.isCompleteTensor() or x.type().dim() is not None:
+        # Layers keep the number of dimensions; the exporter warns of outputs that it cannot tell.
+        y.setType(x.type().with_sizes([None] * x.type().dim()))
+    return y
 
 
 class _Marked:

@@ -16,7 +16,7 @@ from slope_mm.convert import compressed_layers
 from slope_mm.errors import ExportError
 from slope_mm.export.folder import ExportIndex, PartFiles, checksum, staged, write_index
 from slope_mm.export.gate import PartReport, check_part, refuse
-from slope_mm.export.graph import LayerCall, lower
+from slope_mm.export.graph import LayerCall, lower, with_int4
 from slope_mm.export.integer import to_integer
 from slope_mm.export.layers import ExportedLayer, describe_layers
 from slope_mm.export.parts import (
@@ -61,7 +61,7 @@ def export_parts(
     Args:
         detector: Compressed or plain, in evaluation mode.
         inputs: At least one input of each part.
-        int4: As in :func:`~slope_mm.export.graph.lower`.
+        int4: Store weights that fit as int4 in the portable graphs.
 
     Raises:
         ExportError: If a part cannot be exported.
@@ -81,8 +81,10 @@ def _export_part(
     nested = part.module(example)
     names = [f'output_{i}' for i in range(len(flatten(nested)))]
     skeleton = trace(FlatForward(part.module), example, part.input_name, names, part.axes)
-    portable, calls = lower(skeleton, layers, int4)
+    portable, calls = lower(skeleton, layers)
     cpu = to_integer(portable)
+    if int4:
+        portable = with_int4(portable)
     for graph in (portable, cpu):
         _check(graph, part.name)
     return ExportedPart(part.name, part.input_name, structure_of(nested), portable, cpu, calls)
