@@ -108,10 +108,10 @@ def write_onnx(args: argparse.Namespace, config: Config, model: nn.Module, meta:
 
     require_runtime()
     from slope_mm.export.gate import judge_metrics
-    from slope_mm.export.images import test_batches
+    from slope_mm.export.images import image_batches
     from slope_mm.export.writer import export_onnx
 
-    batches = test_batches(config, args.num_images, args.images)
+    batches = image_batches(config, args.num_images, args.images)
     metrics: dict[str, dict[str, float]] = {}
 
     def judge(folder: Path) -> dict[str, dict[str, float]]:

@@ -29,7 +29,7 @@ from slope_mm.errors import ConfigError
 from slope_mm.export import require_runtime
 from slope_mm.export.folder import ExportIndex
 from slope_mm.export.gate import optimized_operators
-from slope_mm.export.images import test_batches
+from slope_mm.export.images import image_batches
 from slope_mm.export.parts import capture_inputs, detector_parts
 from slope_mm.export.runtime import OnnxPart, assemble
 from slope_mm.export.writer import export_parts, write_part
@@ -100,7 +100,7 @@ def _batch(
     """One image: of the test set for trained weights, else of noise."""
     batch = make_batch(model, size, 1, classes_of(config))
     if checkpoint is not None:
-        image = test_batches(config, 1)[0]['inputs'][0][None].float()
+        image = image_batches(config, 1)[0]['inputs'][0][None].float()
         resized = F.interpolate(image, size=size, mode='bilinear', antialias=True)
         batch['inputs'] = [resized[0].round().clamp(0, 255).byte()]
     return batch

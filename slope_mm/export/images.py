@@ -16,7 +16,7 @@ from slope_mm.engine.launch import check_data
 from slope_mm.errors import DataError
 
 
-def test_batches(config: Config, count: int, images: Sequence[str] = ()) -> list[dict[str, Any]]:
+def image_batches(config: Config, count: int, images: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Batches of one image each, through the config's test pipeline.
 
     Args:
@@ -48,12 +48,12 @@ def test_batches(config: Config, count: int, images: Sequence[str] = ()) -> list
 def _batch_of(config: Config, image: str) -> dict[str, Any]:
     if not Path(image).is_file():
         raise DataError(f"there is no image '{image}'; give paths of image files")
-    steps = [step for step in test_pipeline(config) if 'LoadAnnotations' not in str(step['type'])]
+    steps = [step for step in _test_pipeline(config) if 'LoadAnnotations' not in str(step['type'])]
     batch: dict[str, Any] = pseudo_collate([Compose(steps)(dict(img_path=image, img_id=0))])
     return batch
 
 
-def test_pipeline(config: Config) -> list[dict[str, Any]]:
+def _test_pipeline(config: Config) -> list[dict[str, Any]]:
     """The steps of the innermost test data set."""
     dataset = config.test_dataloader.dataset
     while 'dataset' in dataset:

@@ -110,7 +110,7 @@ def test_activation_quantizers_carry_the_trained_step_and_clip_to_their_codes() 
 def test_every_ungrouped_product_is_one_of_integers() -> None:
     _, cpu, calls = graphs(net(recipe()))
     counts = count_products(cpu.graph.node)
-    # The grouped convolution and the overlapping transposed one stay; three calls have few channels.
+    # The grouped convolution and the overlapping transposed one stay; three have few channels.
     assert counts.pop('Conv') == 1 and counts.pop('ConvTranspose') == 1
     assert counts.pop('ConvInteger') == 3
     assert counts == {'MatMulIntegerToFloat': len(calls) - 5}
