@@ -38,6 +38,10 @@ class PackedFileError(SlopeError, RuntimeError):
     """A packed file is damaged, is of another version, lies about itself, or cannot be written."""
 
 
+class ExportError(SlopeError, RuntimeError):
+    """A model cannot be exported, or what was exported does not compute what was trained."""
+
+
 class EnvironmentProblem(SlopeError, ImportError):
     """mmengine, mmcv or mmdet is missing or unusable."""
 

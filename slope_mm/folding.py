@@ -27,18 +27,23 @@ from slope_mm.ops import SMALLEST_STEP, Codes, positive
 RESNET_PARTS = ('ResNet', 'BasicBlock', 'Bottleneck')
 
 
-def batch_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+def batch_norm_pairs(model: nn.Module, any_step: bool = False) -> list[tuple[str, str]]:
     """Names of layers and of the batch norms that run right behind them.
 
     Known are mmcv's ``ConvModule``, ``nn.Sequential`` and the blocks of ResNets. A layer or norm
     that several pairs share is left out.
+
+    Args:
+        model: A compressed or plain model.
+        any_step: Count layers with one step for all channels too, which cannot hold a factor for
+            each themselves.
     """
     names = {module: name for name, module in model.named_modules()}
     pairs = [
         (layer, norm)
         for module in names
         for layer, norm in _pairs_of(module)
-        if isinstance(norm, _BatchNorm) and _foldable(layer, norm)
+        if isinstance(norm, _BatchNorm) and _foldable(layer, norm, any_step)
     ]
     layers, norms = [p[0] for p in pairs], [p[1] for p in pairs]
     return [
@@ -64,14 +69,14 @@ def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
                 yield layer, norm
 
 
-def _foldable(layer: nn.Module, norm: _BatchNorm) -> bool:
+def _foldable(layer: nn.Module, norm: _BatchNorm, any_step: bool) -> bool:
     if type(layer) not in LAYER_KINDS and type(layer) not in STOCK_KINDS:
         return False
     transposed = isinstance(layer, nn.ConvTranspose2d)
     if transposed and layer.groups != 1:
         return False
     step = layer.step if isinstance(layer, CompressedLayer) else None
-    if step is not None and step.numel() != norm.num_features:
+    if step is not None and step.numel() != norm.num_features and not any_step:
         # One step for all channels cannot take a factor for each.
         return False
     weight: Tensor = layer.weight  # type: ignore[assignment]

@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPP
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
-_LOCATIONS = ['slope_mm.engine']
+_LOCATIONS = ['slope_mm.engine', 'slope_mm.export.detector']
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='slope_mm', locations=_LOCATIONS)
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='slope_mm', locations=_LOCATIONS)

@@ -6,6 +6,7 @@ layer   one 512x512x3x3 weight through mask, quantizer and regularizer, beside o
 memory  peak bytes of a training step
 scale   how the cost grows with parameters (R18, R50, R101) and with pixels
 setup   import of slope_mm on top of mmdet, and conversion of the model
+inference   stock PyTorch, the baked model, ONNX Runtime fp32 and our export, at each of --sizes
 """
 
 from __future__ import annotations
@@ -38,8 +39,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1, help='for torch, equal for all arms')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--compile', action='store_true', help='optim_wrapper.compile=True')
+    parser.add_argument('--checkpoint', help='inference: of a SlopeModel; default: random weights')
+    parser.add_argument(
+        '--recipe', default='W4A4', help='inference: what a stock config is compressed as'
+    )
+    parser.add_argument(
+        '--sizes',
+        nargs='+',
+        type=pair,
+        default=[(320, 320), (640, 640)],
+        metavar='HxW',
+        help='inference: heights and widths',
+    )
     parser.add_argument('--out', help='json file; default work_dirs/benchmark/BENCHMARK.json')
     return parser.parse_args()
+
+
+def pair(text: str) -> tuple[int, int]:
+    height, _, width = text.partition('x')
+    return int(height), int(width)
 
 
 def main() -> None:

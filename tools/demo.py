@@ -1,7 +1,8 @@
 """Train, compress, evaluate and compare a small stock Mask R-CNN: the project's main job.
 
 Data, a dense model from scratch, then naive and SLOPE W4A4 fine-tuned from it on one schedule and
-seed, each evaluated by tools/test.py. Run it again after an interruption and it goes on.
+seed, each evaluated by tools/test.py, the compressed ones packed by tools/export.py. Run it again
+after an interruption and it goes on.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Arm:
         """The last checkpoint of its training."""
         epochs = Config.fromfile(str(self.config)).train_cfg.max_epochs
         return self.folder / f'epoch_{epochs}.pth'
+
+    @property
+    def packed(self) -> Path:
+        """The packed file, of a compressed arm."""
+        return self.folder / 'model.slope'
 
     @property
     def options(self) -> list[str]:
@@ -202,6 +208,7 @@ def result(arm: Arm, base_bytes: int | None) -> ArmResult:
         totals['sqnr_db'],
         report.stored_bytes,
         (base_bytes or report.dense_bytes) / report.stored_bytes,
+        None if arm.start is None else arm.packed.stat().st_size,
     )
 
 
@@ -209,23 +216,28 @@ def verdict(results: list[ArmResult]) -> list[str]:
     """What came out, whichever way it fell."""
     fp32, naive, slope = results
     kept = min(slope.bbox_mAP / fp32.bbox_mAP, slope.segm_mAP / fp32.segm_mAP)
+    packed = fp32.bytes / (slope.file_bytes or slope.bytes)
     goal = 'reaches' if kept >= 0.95 else 'MISSES'
     return [
         f'SLOPE keeps {kept:.1%} of fp32 (the worse of box and mask mAP) and {goal} the goal of'
-        f' 95 % at {slope.ratio:.1f}x smaller. Against naive: box'
+        f' 95 % at {packed:.1f}x smaller on disk. Against naive: box'
         f' {slope.bbox_mAP - naive.bbox_mAP:+.3f}, mask {slope.segm_mAP - naive.segm_mAP:+.3f}.',
-        'One seed; fp32 had no extra epochs, both compressed arms had the same ones. Sizes are'
-        ' calculated: codes, index, steps, biases, BN and all that is not compressed.',
+        'One seed; fp32 had no extra epochs, both compressed arms had the same ones. "Stored" is'
+        ' calculated: codes of fixed width, index, steps, biases, BN and all that is not'
+        " compressed. The packed file (model.slope in the arm's folder) is what is on disk.",
     ]
 
 
 def train_and_test(steps: Steps, arm: Arm, start: str = '') -> str:
-    """Both steps of an arm; returns what arms that start from it depend on."""
+    """All steps of an arm; returns what arms that start from it depend on."""
     config = str(arm.config.relative_to(ROOT))
     train = ['tools/train.py', config, '--work-dir', str(arm.folder), '--resume', *arm.options]
     trained = steps.run(f'train {arm.name}', arm, train, start)
     test = ['tools/test.py', config, str(arm.checkpoint), '--work-dir', str(arm.folder / 'test')]
     steps.run(f'test {arm.name}', arm, test, trained)
+    if arm.start is not None:
+        pack = ['tools/export.py', 'packed', config, str(arm.checkpoint), str(arm.packed)]
+        steps.run(f'pack {arm.name}', arm, pack, trained)
     return trained
 
 

@@ -1,8 +1,9 @@
-"""Write what leaves training: a packed file, or a checkpoint of the stock model."""
+"""Write what leaves training: a packed file, a checkpoint of the stock model, or ONNX graphs."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
@@ -13,6 +14,7 @@ from slope_mm.analysis.size import order0_bits
 from slope_mm.engine import launch
 from slope_mm.engine.packed import stock_config
 from slope_mm.engine.stock import evaluate, quantized_inputs, save_stock
+from slope_mm.export.hardware import hardware_table
 from slope_mm.packing import PackedFile
 from slope_mm.packing.layout import CODINGS
 from slope_mm.packing.writer import HALF_DTYPES, SMALLEST
@@ -34,9 +36,30 @@ def parse_args() -> argparse.Namespace:
         help='store steps, biases, BN and all that is not compressed in 2 bytes (changes outputs)',
     )
     stock = kinds.add_parser('stock', help='a checkpoint that stock mmdet loads, 4 bytes a weight')
-    for sub in (packed, stock):
+    onnx = kinds.add_parser('onnx', help='graphs of the heavy parts, which ONNX Runtime runs')
+    onnx.add_argument(
+        '--int4',
+        action='store_true',
+        help='store weights that fit in 4 bits as int4 in the portable graphs (opset 21)',
+    )
+    onnx.add_argument(
+        '--num-images', type=int, default=2, help='images of the test set that the gate looks at'
+    )
+    onnx.add_argument('--images', nargs='+', default=[], help='image files to take instead')
+    check = kinds.add_parser('check', help='print which layers sparse hardware can run')
+    for sub in (packed, stock, onnx, check):
         sub.add_argument('config', help='config with a SlopeModel')
         sub.add_argument('checkpoint', help='checkpoint of that config, or a packed file')
+        sub.add_argument(
+            '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
+        )
+    onnx.add_argument('out', help='the folder to write')
+    onnx.add_argument(
+        '--evaluate',
+        action='store_true',
+        help='refuse to write unless the metrics of checkpoint and export agree within 0.001',
+    )
+    for sub in (packed, stock):
         sub.add_argument('out', help='the file to write')
         sub.add_argument(
             '--fold-bn',
@@ -45,9 +68,6 @@ def parse_args() -> argparse.Namespace:
         )
         sub.add_argument(
             '--evaluate', action='store_true', help='print the metrics of the checkpoint and of OUT'
-        )
-        sub.add_argument(
-            '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
         )
     return parser.parse_args()
 
@@ -82,29 +102,78 @@ def write_stock(args: argparse.Namespace, model: nn.Module, meta: Any) -> None:
         )
 
 
+def write_onnx(args: argparse.Namespace, config: Config, model: nn.Module, meta: Any) -> None:
+    # Not above: the other kinds need neither onnx nor onnxruntime.
+    from slope_mm.export import require_runtime
+
+    require_runtime()
+    from slope_mm.export.gate import judge_metrics
+    from slope_mm.export.images import image_batches
+    from slope_mm.export.writer import export_onnx
+
+    batches = image_batches(config, args.num_images, args.images)
+    metrics: dict[str, dict[str, float]] = {}
+
+    def judge(folder: Path) -> dict[str, dict[str, float]]:
+        metrics.update(
+            checkpoint=evaluate(config, args.checkpoint),
+            onnx=evaluate(config, str(folder), backend='onnxruntime'),
+        )
+        judge_metrics(metrics['checkpoint'], metrics['onnx'])
+        return metrics
+
+    index = export_onnx(
+        model,
+        args.out,
+        batches,
+        meta.get('dataset_meta'),
+        int4=args.int4,
+        judge=judge if args.evaluate else None,
+    )
+    for part in index.parts:
+        facts = index.facts['gate'][part.name]
+        size = (Path(args.out) / part.portable).stat().st_size
+        products = ', '.join(f'{n} {kind}' for kind, n in facts['operators'].items())
+        print(
+            f'{args.out}/{part.portable}: {size:,} bytes. ONNX Runtime runs {part.cpu} with'
+            f' {products}. Largest output error {max(facts["output_error"].values()):.1e};'
+            f' {facts["input_codes_compared"]:,} input codes equal'
+        )
+    if metrics:
+        print_table(metrics['checkpoint'], metrics['onnx'], 'onnx')
+
+
+def print_table(before: dict[str, float], after: dict[str, float], kind: str) -> None:
+    print(f'{"metric":<28}{"checkpoint":>12}{kind:>12}')
+    for name, value in before.items():
+        print(f'{name:<28}{value:>12.4f}{after[name]:>12.4f}')
+
+
 def print_metrics(args: argparse.Namespace, config: Config) -> None:
     """A line for each metric: the checkpoint's and the written file's."""
     before = evaluate(config, args.checkpoint)
-    after = evaluate(config, args.out, stock=args.kind == 'stock')
-    print(f'{"metric":<28}{"checkpoint":>12}{args.kind:>12}')
-    for name, value in before.items():
-        print(f'{name:<28}{value:>12.4f}{after[name]:>12.4f}')
+    after = evaluate(config, args.out, backend='stock' if args.kind == 'stock' else None)
+    print_table(before, after, args.kind)
 
 
 def main() -> None:
     args = parse_args()
     config = launch.read_config(args.config, args.cfg_options)
-    if args.evaluate:
+    if getattr(args, 'evaluate', False):
         launch.check_data(config.get('test_dataloader'), 'test_dataloader')
     model = launch.build_model(config)
     meta = launch.load_weights(model, args.checkpoint)
-    if args.fold_bn:
+    if getattr(args, 'fold_bn', False):
         model = slope_mm.fold_batch_norms(model, inplace=True)
     if args.kind == 'packed':
         write_packed(args, config, model, meta)
-    else:
+    elif args.kind == 'stock':
         write_stock(args, model, meta)
-    if args.evaluate:
+    elif args.kind == 'onnx':
+        write_onnx(args, config, model, meta)
+    else:
+        print(hardware_table(model))
+    if args.kind in ('packed', 'stock') and args.evaluate:
         print_metrics(args, config)
 
 

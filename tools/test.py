@@ -5,23 +5,37 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 
-import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
+from slope_mm.convert import bake
 from slope_mm.engine import launch
 from slope_mm.engine.stock import is_baked, use_stock_model
 from slope_mm.engine.tta import check_tta, use_tta
-from slope_mm.errors import ConfigError
+from slope_mm.errors import ConfigError, ExportError
+from slope_mm.export import require_runtime
+from slope_mm.export.detector import use_onnx_model
+from slope_mm.export.semi_structured import NEEDS_CUDA, use_semi_structured
+
+BACKENDS = ('torch', 'onnxruntime', 'semi_structured')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='test config file path')
     parser.add_argument(
-        'checkpoint', help='training checkpoint, packed file (.slope), or stock checkpoint'
+        'checkpoint',
+        help='training checkpoint, packed file (.slope), stock checkpoint, or folder of an export',
+    )
+    parser.add_argument(
+        '--backend',
+        choices=BACKENDS,
+        default='torch',
+        help='onnxruntime: CHECKPOINT is a folder of tools/export.py onnx; semi_structured: torch'
+        " runs 2:4 layers with the GPU's sparse kernels",
     )
     parser.add_argument('--work-dir', help='the directory of the metrics file')
     parser.add_argument('--out', help='dump predictions to a pickle file for offline evaluation')
@@ -44,6 +58,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def use_export(config: Config, folder: str) -> None:
+    """The detector that an export runs, built once before anything is written."""
+    require_runtime()
+    use_onnx_model(config, folder)
+    launch.check_data(config.get('test_dataloader'), 'test_dataloader')
+    launch.build_model(config)
+    launch.check_work_dir(config.work_dir)
+    config.load_from = None
+
+
 def main() -> None:
     args = parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
@@ -54,10 +78,15 @@ def main() -> None:
     launch.set_work_dir(config, args.config, args.work_dir)
     if args.tta:
         check_tta(config)
-    if is_baked(args.checkpoint):
-        use_stock_model(config)
-    launch.check_before_testing(config, args.checkpoint)
     config.load_from, config.resume = args.checkpoint, False
+    if args.backend == 'semi_structured' and not torch.cuda.is_available():
+        raise ExportError(NEEDS_CUDA)
+    if args.backend == 'onnxruntime':
+        use_export(config, args.checkpoint)
+    else:
+        if is_baked(args.checkpoint):
+            use_stock_model(config)
+        launch.check_before_testing(config, args.checkpoint)
     if args.show or args.show_dir:
         config = trigger_visualization_hook(config, args)
     if args.tta:
@@ -65,6 +94,12 @@ def main() -> None:
     runner = launch.build_runner(config)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    if args.backend == 'semi_structured':
+        # Masks and kernels are made of the loaded weights.
+        runner.load_or_resume()
+        bake(runner.model, activations='fake_quant', inplace=True)
+        names = use_semi_structured(runner.model)
+        print(f'{len(names)} layers run with semi-structured kernels')
     runner.test()
 
 

@@ -25,6 +25,7 @@ class ArmResult:
         sqnr_db: Mean SQNR in dB; None for an arm that is not compressed.
         bytes: Stored size, calculated by :mod:`slope_mm.analysis.size`.
         ratio: Dense size by stored size.
+        file_bytes: Length of the packed file; None where there is none.
     """
 
     arm: str
@@ -34,6 +35,7 @@ class ArmResult:
     sqnr_db: float | None
     bytes: int
     ratio: float
+    file_bytes: int | None = None
 
 
 def markdown_table(arms: Sequence[ArmResult]) -> str:
@@ -41,8 +43,8 @@ def markdown_table(arms: Sequence[ArmResult]) -> str:
     base = arms[0]
     lines = [
         '| arm | box mAP | mask mAP | of fp32 (box / mask) | mean cosine | SQNR (dB) | stored |'
-        ' ratio |',
-        '|---|---|---|---|---|---|---|---|',
+        ' ratio | packed file | ratio |',
+        '|---|---|---|---|---|---|---|---|---|---|',
     ]
     for arm in arms:
         share = f'{_share(arm.bbox_mAP, base.bbox_mAP)} / {_share(arm.segm_mAP, base.segm_mAP)}'
@@ -50,9 +52,17 @@ def markdown_table(arms: Sequence[ArmResult]) -> str:
         sqnr = '–' if arm.sqnr_db is None else f'{arm.sqnr_db:.2f}'
         lines.append(
             f'| {arm.arm} | {arm.bbox_mAP:.3f} | {arm.segm_mAP:.3f} | {share} | {cosine} | {sqnr}'
-            f' | {arm.bytes / 1e6:.2f} MB | {arm.ratio:.1f}x |'
+            f' | {arm.bytes / 1e6:.2f} MB | {arm.ratio:.1f}x | {_file(arm)} |'
         )
     return '\n'.join(lines)
+
+
+def _file(arm: ArmResult) -> str:
+    """Length of the packed file, and how much smaller it is than the dense size."""
+    if arm.file_bytes is None:
+        return '– | –'
+    dense = arm.bytes * arm.ratio
+    return f'{arm.file_bytes:,} bytes | {dense / arm.file_bytes:.1f}x'
 
 
 def _share(value: float, base: float) -> str:

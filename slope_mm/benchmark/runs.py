@@ -152,6 +152,13 @@ def _size(args: Namespace) -> str:
     return 'x'.join(str(side) for side in args.size)
 
 
+def inference(args: Namespace, progress: Progress) -> Result:
+    """See :mod:`slope_mm.benchmark.inference`, which needs the export extra."""
+    from slope_mm.benchmark.inference import inference as run
+
+    return run(args, progress)
+
+
 BENCHMARKS: dict[str, Callable[[Namespace, Progress], Result]] = {
     'train': train,
     'eval': evaluate,
@@ -159,4 +166,5 @@ BENCHMARKS: dict[str, Callable[[Namespace, Progress], Result]] = {
     'memory': memory,
     'scale': scale,
     'setup': setup,
+    'inference': inference,
 }

@@ -72,19 +72,26 @@ def use_stock_model(config: Config) -> None:
     config.model = stock_model(config.model.to_dict())
 
 
-def evaluate(config: Config, checkpoint: str, stock: bool = False) -> dict[str, float]:
+def evaluate(config: Config, checkpoint: str, backend: str | None = None) -> dict[str, float]:
     """The metrics of a checkpoint on the config's test set.
 
     Args:
         config: A config with a SlopeModel; it is left as it is.
-        checkpoint: A training checkpoint, a packed file, or (``stock``) a baked checkpoint.
-        stock: Whether to evaluate with the stock model.
+        checkpoint: A training checkpoint or a packed file; for the backend ``'stock'`` a baked
+            checkpoint, for ``'onnxruntime'`` the folder of an export.
+        backend: What runs it; None is the config's own model.
     """
     config = copy.deepcopy(config)
-    if stock:
+    loaded: str | None = checkpoint
+    if backend == 'stock':
         use_stock_model(config)
+    elif backend == 'onnxruntime':
+        from slope_mm.export.detector import use_onnx_model
+
+        use_onnx_model(config, checkpoint)
+        loaded = None
     with tempfile.TemporaryDirectory() as folder:
-        config.work_dir, config.load_from, config.resume = folder, checkpoint, False
+        config.work_dir, config.load_from, config.resume = folder, loaded, False
         # mmengine keeps runs and visualizers by name.
         config.experiment_name = Path(folder).name
         if config.get('visualizer'):

@@ -22,7 +22,7 @@ from slope_mm.analysis.metrics import LayerMetrics, summary
 ARMS = [
     ArmResult('fp32', 0.5, 0.4, None, None, 4_000_000, 1.0),
     ArmResult('naive', 0.25, 0.3, 0.9, 10.0, 400_000, 10.0),
-    ArmResult('slope', 0.45, 0.38, 0.95, 12.5, 400_000, 10.0),
+    ArmResult('slope', 0.45, 0.38, 0.95, 12.5, 400_000, 10.0, 320_000),
 ]
 ROWS = [
     LayerMetrics('stem', 'dense W8 A8', 0.99, 30.0, 0.01, 0.02),
@@ -34,9 +34,14 @@ ROWS = [
 def test_the_table_has_a_row_an_arm_and_shares_of_the_first() -> None:
     lines = markdown_table(ARMS).splitlines()
     assert len(lines) == 2 + len(ARMS)
-    assert {line.count('|') for line in lines} == {9}
-    assert '| naive | 0.250 | 0.300 | 50.0% / 75.0% | 0.9000 | 10.00 | 0.40 MB | 10.0x |' in lines
-    assert '| fp32 | 0.500 | 0.400 | 100.0% / 100.0% | – | – | 4.00 MB | 1.0x |' in lines
+    assert {line.count('|') for line in lines} == {11}
+    assert (
+        '| naive | 0.250 | 0.300 | 50.0% / 75.0% | 0.9000 | 10.00 | 0.40 MB | 10.0x | – | – |'
+        in lines
+    )
+    # The file's own length, and the dense size by it.
+    assert lines[-1].endswith('| 0.40 MB | 10.0x | 320,000 bytes | 12.5x |')
+    assert '| fp32 | 0.500 | 0.400 | 100.0% / 100.0% | – | – | 4.00 MB | 1.0x | – | – |' in lines
 
 
 def test_a_base_without_any_accuracy_has_no_shares() -> None:
@@ -57,6 +62,7 @@ def test_results_are_written_for_people_and_for_programs(tmp_path: Path) -> None
         'sqnr_db': 10.0,
         'bytes': 400_000,
         'ratio': 10.0,
+        'file_bytes': None,
     }
     assert content['seconds'] == {'train': 1.5}
     assert sorted(path.name for path in tmp_path.iterdir()) == ['results.json', 'results.md']

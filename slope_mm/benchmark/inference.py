@@ -1,0 +1,223 @@
+"""Inference: stock PyTorch, the baked model in PyTorch, and ONNX Runtime with fp32 and our export.
+
+Heavy parts are timed on the same inputs; end to end is ``test_step``, preprocessing, proposals,
+RoIAlign and NMS included, which all arms share with stock mmdet.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from slope_mm.benchmark.detectors import SameProposals, arm_config, classes_of, make_batch
+from slope_mm.benchmark.interleave import Timings, interleave
+from slope_mm.convert import bake
+from slope_mm.engine import launch
+from slope_mm.engine.calibration import observing
+from slope_mm.engine.packed import stock_model
+from slope_mm.errors import ConfigError
+from slope_mm.export import require_runtime
+from slope_mm.export.folder import ExportIndex
+from slope_mm.export.gate import optimized_operators
+from slope_mm.export.images import image_batches
+from slope_mm.export.parts import capture_inputs, detector_parts
+from slope_mm.export.runtime import OnnxPart, assemble
+from slope_mm.export.writer import export_parts, write_part
+
+Progress = Callable[[str], None]
+TORCH, BAKED, ORT, OURS = 'PyTorch fp32', 'PyTorch baked', 'ONNX Runtime fp32', 'ONNX Runtime ours'
+HEAVY, WHOLE = 'heavy parts', 'end to end'
+
+
+def inference(args: Namespace, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
+    """Times the arms at every size.
+
+    Args:
+        args: ``config``, ``checkpoint`` (None for random weights, calibrated on noise), ``recipe``
+            (the arm that a stock config is compressed as), ``sizes`` (height and width),
+            ``rounds``, ``threads``.
+        progress: Called with a line now and then.
+
+    Returns:
+        Rows, and sentences about them.
+    """
+    require_runtime()
+    config = launch.read_config(args.config)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for size in args.sizes:
+        stock, compressed = build_models(config, args)
+        batch = _batch(stock, config, size, args.checkpoint)
+        _calibrate(compressed, batch)
+        with tempfile.TemporaryDirectory() as folder:
+            arms = Arms(stock, compressed, batch, Path(folder), args.threads)
+            rows += _time(arms, 'x'.join(map(str, size)), args.rounds, progress)
+            notes = [arms.products()]
+    return rows, notes
+
+
+def build_models(config: Config, args: Namespace) -> tuple[nn.Module, nn.Module]:
+    """The stock model and the compressed one, with the same latent weights, in evaluation mode."""
+    compressed_config = config
+    if 'recipe' not in config.model:
+        if args.checkpoint is not None:
+            raise ConfigError(
+                'a checkpoint needs the config that it was trained with, which has a SlopeModel'
+            )
+        compressed_config = arm_config(config, args.recipe)
+    torch.manual_seed(0)
+    compressed: Any = launch.build_model(compressed_config)
+    if args.checkpoint is None:
+        compressed.init_weights()
+    else:
+        launch.load_weights(compressed, args.checkpoint)
+    section = stock_model(compressed_config.model.to_dict())
+    stock: Any = MODELS.build(Config(section))
+    state = compressed.state_dict()
+    stock.load_state_dict({key: state[key] for key in stock.state_dict()})
+    if args.checkpoint is None:
+        # A random network is sure of nothing; as many boxes as the config allows are worst for us.
+        for model in (stock, compressed):
+            for holder in (model, getattr(model, 'roi_head', None)):
+                if 'score_thr' in (getattr(holder, 'test_cfg', None) or {}):
+                    holder.test_cfg.score_thr = 0.0  # type: ignore[union-attr]
+    return stock.eval(), compressed.eval()
+
+
+def _batch(
+    model: nn.Module, config: Config, size: tuple[int, int], checkpoint: str | None
+) -> dict[str, Any]:
+    """One image: of the test set for trained weights, else of noise."""
+    batch = make_batch(model, size, 1, classes_of(config))
+    if checkpoint is not None:
+        image = image_batches(config, 1)[0]['inputs'][0][None].float()
+        resized = F.interpolate(image, size=size, mode='bilinear', antialias=True)
+        batch['inputs'] = [resized[0].round().clamp(0, 255).byte()]
+    return batch
+
+
+def _calibrate(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Gives uncalibrated input quantizers the range of this batch."""
+    with observing(model):
+        capture_inputs(model, copy.deepcopy(batch))
+
+
+class Arms:
+    """The four arms on one batch.
+
+    Args:
+        stock: The stock model.
+        compressed: The compressed one.
+        batch: One image.
+        folder: For the exports' files.
+        threads: Threads of every session.
+    """
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        compressed: nn.Module,
+        batch: dict[str, Any],
+        folder: Path,
+        threads: int,
+    ) -> None:
+        self.batch = batch
+        self.inputs = {
+            name: found[0]
+            for name, found in capture_inputs(compressed, copy.deepcopy(batch)).items()
+        }
+        given = {name: [x] for name, x in self.inputs.items()}
+        self.detectors: dict[str, Any] = {TORCH: stock, BAKED: bake(compressed)}
+        self.parts: dict[str, dict[str, Callable[[Tensor], Any]]] = {
+            arm: {part.name: part.module for part in detector_parts(detector)}
+            for arm, detector in self.detectors.items()
+        }
+        self.contents: dict[str, bytes] = {}
+        for arm, detector in ((ORT, stock), (OURS, compressed)):
+            made = folder / arm
+            made.mkdir()
+            exported = export_parts(detector, given)
+            index = ExportIndex([write_part(part, made) for part in exported], '', {}, {})
+            self.parts[arm] = {f.name: OnnxPart.load(made, f, threads) for f in index.parts}
+            self.detectors[arm] = assemble(copy.deepcopy(stock), index, made, threads)
+            if arm == OURS:
+                self.contents = {part.name: part.cpu.SerializeToString() for part in exported}
+        proposals = SameProposals()
+        for detector in self.detectors.values():
+            proposals.attach(detector)
+
+    def part(self, arm: str, name: str) -> Callable[[], Any]:
+        """One part of an arm on its input."""
+        call, x = self.parts[arm][name], self.inputs[name]
+
+        def run() -> Any:
+            with torch.no_grad():
+                return call(x)
+
+        return run
+
+    def whole(self, arm: str) -> Callable[[], Any]:
+        """A detector's ``test_step`` on the batch."""
+        detector = self.detectors[arm]
+
+        def run() -> Any:
+            with torch.no_grad():
+                return detector.test_step(copy.deepcopy(self.batch))
+
+        return run
+
+    def products(self) -> str:
+        """How many integer and floating-point products our optimized graphs have."""
+        counts = []
+        for name, content in self.contents.items():
+            found = optimized_operators(content)
+            counts.append(f'{name}: ' + ', '.join(f'{n} {kind}' for kind, n in found.items()))
+        return f'products in the optimized graphs: {"; ".join(counts)}'
+
+
+def _time(arms: Arms, size: str, rounds: int, progress: Progress) -> list[dict[str, Any]]:
+    names = (TORCH, BAKED, ORT, OURS)
+    rows: list[dict[str, Any]] = []
+    total: dict[str, list[float]] = {name: [0.0] * rounds for name in names}
+    for part in arms.inputs:
+        timings = interleave({arm: arms.part(arm, part) for arm in names}, rounds)
+        shape = 'x'.join(map(str, arms.inputs[part].shape))
+        rows += _rows(timings, size, f'{part} {shape}')
+        for arm in names:
+            pairs = zip(total[arm], timings.seconds[arm], strict=True)
+            total[arm] = [a + b for a, b in pairs]
+        progress(f'{size} {part} done')
+    rows += _rows(Timings(total), size, HEAVY)
+    rows += _rows(interleave({arm: arms.whole(arm) for arm in names}, rounds), size, WHOLE)
+    progress(f'{size} {WHOLE} done')
+    return rows
+
+
+def _rows(timings: Timings, size: str, what: str) -> list[dict[str, Any]]:
+    rows = []
+    for row in timings.rows(TORCH, size=size, what=what):
+        arm = row['arm']
+        rows.append(
+            dict(
+                size=size,
+                what=what,
+                arm=arm,
+                ms=row['ms'],
+                ms_low=row['ms_low'],
+                ms_high=row['ms_high'],
+                # Times as fast, compared round by round.
+                vs_torch=timings.ratio(TORCH, arm).median,
+                vs_ort=timings.ratio(ORT, arm).median,
+            )
+        )
+    return rows

@@ -1,0 +1,156 @@
+"""Exported detectors run: ONNX Runtime sessions in the place of a stock detector's heavy parts."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from slope_mm.errors import ExportError
+from slope_mm.export.folder import ExportIndex, PartFiles
+from slope_mm.export.graph import IR_VERSIONS
+from slope_mm.export.parts import DENSE, dense_head, has_rois, roi_heads, unflatten
+from slope_mm.export.skeleton import TRACED_OPSET
+
+
+def open_session(
+    model: str | os.PathLike[str] | bytes,
+    threads: int | None = None,
+    optimize: bool = True,
+    optimized_path: str | None = None,
+) -> onnxruntime.InferenceSession:
+    """Opens a graph on ONNX Runtime's CPU provider.
+
+    Args:
+        model: A file, or its content.
+        threads: Threads of one operator; None takes torch's number.
+        optimize: Whether the runtime may rearrange the graph.
+        optimized_path: Where to write what it made of it.
+
+    Raises:
+        ExportError: If the runtime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # The runtime says with every optimized file that it suits this machine alone.
+    options.log_severity_level = 3
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    # Weights of layers that compute in floats are dequantized once instead of at every run.
+    options.add_session_config_entry('session.disable_quant_qdq', '1')
+    if optimized_path is not None:
+        options.optimized_model_filepath = optimized_path
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+    except Exception as error:  # its classes have no common base but this one
+        raise ExportError(f'ONNX Runtime refuses the graph: {error}') from None
+
+
+@functools.lru_cache(maxsize=1)
+def integer_products_are_exact() -> bool:
+    """Whether this machine adds products of 8 bits without loss.
+
+    x86 without VNNI adds pairs of them in 16 bits, which saturate.
+    """
+    size = 64
+    weight = helper.make_tensor('b', TensorProto.INT8, [size, size], [127] * size * size)
+    graph = helper.make_graph(
+        [helper.make_node('MatMulInteger', ['a', 'b'], ['y'])],
+        'probe',
+        [helper.make_tensor_value_info('a', TensorProto.UINT8, [size, size])],
+        [helper.make_tensor_value_info('y', TensorProto.INT32, [size, size])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', TRACED_OPSET)])
+    model.ir_version = IR_VERSIONS[TRACED_OPSET]
+    codes = torch.full((size, size), 255, dtype=torch.uint8)
+    (found,) = outputs_of(open_session(model.SerializeToString(), threads=1), codes)
+    return bool((found == size * 255 * 127).all())
+
+
+class OnnxPart:
+    """A part of a detector that an ONNX Runtime session computes.
+
+    Args:
+        session: The session.
+        structure: How the flat outputs are nested.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, structure: Any) -> None:
+        self.session, self.structure = session, structure
+        self.input = session.get_inputs()[0].name
+
+    @classmethod
+    def load(cls, folder: Path, files: PartFiles, threads: int | None = None) -> OnnxPart:
+        """Opens the graph for the CPU provider, or the portable one where that would saturate."""
+        name = files.cpu if integer_products_are_exact() else files.portable
+        return cls(open_session(folder / name, threads), files.structure)
+
+    def __call__(self, x: Tensor) -> Any:
+        if x.device.type != 'cpu':
+            raise ExportError('exported detectors run on the CPU; use device=cpu')
+        found = self.session.run(None, {self.input: np.ascontiguousarray(x.numpy())})
+        tensors: Iterator[Tensor] = (torch.from_numpy(array) for array in found)
+        return unflatten(self.structure, tensors)
+
+
+class _Dense:
+    """Backbone, neck and dense head in one session: the head's results wait for its call."""
+
+    def __init__(self, part: OnnxPart) -> None:
+        self.part = part
+        self.features: Any = None
+        self.outputs: Any = None
+
+    def extract_feat(self, images: Tensor) -> Any:
+        self.features, self.outputs = self.part(images)
+        return self.features
+
+    def head(self, features: Any) -> Any:
+        if features is not self.features:
+            raise ExportError(
+                'the dense head was called on other features than the last images gave; exported'
+                ' detectors predict whole images only'
+            )
+        return self.outputs
+
+
+def assemble(
+    detector: Any, index: ExportIndex, folder: Path, threads: int | None = None
+) -> nn.Module:
+    """Puts sessions in the place of a stock detector's heavy parts, and drops its weights."""
+    heads = dict(roi_heads(detector)) if has_rois(detector) else {}
+    wanted, given = {DENSE, *heads}, {part.name for part in index.parts}
+    if wanted != given:
+        raise ExportError(
+            f"'{folder}' holds the parts {sorted(given)}, but {type(detector).__name__} consists of"
+            f' {sorted(wanted)}; give the config that it was exported with'
+        )
+    for part in index.parts:
+        computed = OnnxPart.load(folder, part, threads)
+        if part.name != DENSE:
+            heads[part.name].forward = computed
+            continue
+        dense = _Dense(computed)
+        detector.extract_feat = dense.extract_feat
+        dense_head(detector).forward = dense.head
+    for module in detector.modules():
+        for key in list(module._parameters):
+            module._parameters[key] = None
+    return detector.eval()
+
+
+def outputs_of(session: onnxruntime.InferenceSession, x: Tensor) -> list[np.ndarray]:
+    """All outputs of a session."""
+    found = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x.numpy())})
+    return list(found)

@@ -1,0 +1,187 @@
+"""Exports a detector: traces its parts, writes both graphs of each, and lets the gate judge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from slope_mm.convert import compressed_layers
+from slope_mm.errors import ExportError
+from slope_mm.export.folder import ExportIndex, PartFiles, checksum, staged, write_index
+from slope_mm.export.gate import PartReport, check_part, refuse
+from slope_mm.export.graph import LayerCall, lower, with_int4
+from slope_mm.export.integer import to_integer
+from slope_mm.export.layers import ExportedLayer, describe_layers
+from slope_mm.export.parts import (
+    DENSE,
+    FlatForward,
+    Part,
+    capture_inputs,
+    detector_parts,
+    flatten,
+    structure_of,
+)
+from slope_mm.export.skeleton import marked, trace
+from slope_mm.packing.plainconfig import to_plain
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """One part as graphs, in memory.
+
+    Attributes:
+        name: The part.
+        input: Name of the graphs' input.
+        structure: How the outputs are nested.
+        portable: The graph for any runtime.
+        cpu: The graph for ONNX Runtime's CPU provider.
+        calls: Where the portable graph calls which layer.
+    """
+
+    name: str
+    input: str
+    structure: Any
+    portable: onnx.ModelProto
+    cpu: onnx.ModelProto
+    calls: list[LayerCall]
+
+
+def export_parts(
+    detector: nn.Module, inputs: Mapping[str, Sequence[Tensor]], int4: bool = False
+) -> list[ExportedPart]:
+    """Makes the graphs of a detector's parts.
+
+    Args:
+        detector: Compressed or plain, in evaluation mode.
+        inputs: At least one input of each part.
+        int4: Store weights that fit as int4 in the portable graphs.
+
+    Raises:
+        ExportError: If a part cannot be exported.
+    """
+    layers = describe_layers(detector)
+    with marked(detector) as copied:
+        return [
+            _export_part(part, inputs[part.name][0], layers, int4)
+            for part in detector_parts(copied)
+        ]
+
+
+@torch.no_grad()
+def _export_part(
+    part: Part, example: Tensor, layers: Mapping[str, ExportedLayer], int4: bool
+) -> ExportedPart:
+    nested = part.module(example)
+    names = [f'output_{i}' for i in range(len(flatten(nested)))]
+    skeleton = trace(FlatForward(part.module), example, part.input_name, names, part.axes)
+    portable, calls = lower(skeleton, layers)
+    cpu = to_integer(portable)
+    if int4:
+        portable = with_int4(portable)
+    for graph in (portable, cpu):
+        _check(graph, part.name)
+    return ExportedPart(part.name, part.input_name, structure_of(nested), portable, cpu, calls)
+
+
+def _check(graph: onnx.ModelProto, name: str) -> None:
+    try:
+        onnx.checker.check_model(graph)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the graph of '{name}' is no valid ONNX: {error}") from None
+
+
+def export_onnx(
+    detector: nn.Module,
+    folder: str | os.PathLike[str],
+    batches: Sequence[dict[str, Any]],
+    dataset_meta: Mapping[str, Any] | None = None,
+    int4: bool = False,
+    judge: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> ExportIndex:
+    """Exports a detector, if what was exported computes what was trained.
+
+    Args:
+        detector: A compressed detector; it is left as it is.
+        folder: Where to: a new or empty folder, or an earlier export.
+        batches: Real inputs, as a dataloader gives them.
+        dataset_meta: Class names and the like.
+        int4: Store weights that fit as int4 in the portable graphs.
+        judge: Looks at the finished folder before it takes its place, returns facts for the
+            index, and raises if they do not do.
+
+    Returns:
+        The index, which is also in the folder.
+
+    Raises:
+        ExportError: If a part cannot be exported or does not compute what was trained; nothing is
+            written then.
+    """
+    detector = detector.eval()
+    _refuse_uncalibrated(detector)
+    inputs: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        for name, found in capture_inputs(detector, batch).items():
+            inputs.setdefault(name, []).extend(found)
+    for part in detector_parts(detector):
+        if part.name not in inputs:
+            raise ExportError(
+                f"'{part.name}' got no input from the {len(batches)} images: nothing was detected;"
+                ' give other images'
+            )
+    exported = export_parts(detector, inputs, int4)
+    modules = {part.name: part.module for part in detector_parts(detector)}
+    reports = [
+        check_part(
+            part.name,
+            part.portable,
+            part.cpu,
+            part.calls,
+            detector,
+            modules[part.name],
+            inputs[part.name],
+        )
+        for part in exported
+    ]
+    refuse(reports)
+    recipe = getattr(detector, 'slope_recipe', None)
+    facts: dict[str, Any] = {
+        'recipe': None if recipe is None else to_plain(recipe.to_dict(), 'recipe'),
+        'gate': {part.name: report.facts() for part, report in zip(exported, reports, strict=True)},
+    }
+    with staged(folder) as stage:
+        files = [write_part(part, stage) for part in exported]
+        told = to_plain(dict(dataset_meta or {}), 'dataset_meta')
+        index = ExportIndex(files, type(detector).__name__, told, facts)
+        write_index(stage, index)
+        if judge is not None:
+            facts['metrics'] = dict(judge(stage))
+            write_index(stage, index)
+    return index
+
+
+def _refuse_uncalibrated(detector: nn.Module) -> None:
+    names = [name for name, layer in compressed_layers(detector).items() if not layer.calibrated]
+    if names:
+        raise ExportError(
+            f"{len(names)} input quantizers have no range yet ('{names[0]}', ...); train or"
+            ' calibrate before exporting'
+        )
+
+
+def write_part(part: ExportedPart, folder: Path) -> PartFiles:
+    names = f'{part.name}.onnx', f'{part.name}.cpu.onnx'
+    sums = {}
+    for name, graph in zip(names, (part.portable, part.cpu), strict=True):
+        (folder / name).write_bytes(graph.SerializeToString())
+        sums[name] = checksum(folder / name)
+    return PartFiles(part.name, *names, part.input, part.structure, sums)
+
+
+__all__ = ['DENSE', 'ExportedPart', 'PartReport', 'export_onnx', 'export_parts']

@@ -1,0 +1,225 @@
+"""Whole detectors: exported, gated, and run by stock mmdet on ONNX Runtime sessions."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exported
+import onnx
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+import slope_mm
+from slope_mm import ExportError
+from slope_mm.export import gate, writer
+from slope_mm.export.detector import use_onnx_model
+from slope_mm.export.folder import INDEX, read_index
+from slope_mm.export.gate import judge_metrics
+from slope_mm.export.images import image_batches
+from slope_mm.export.parts import detector_parts
+from slope_mm.export.writer import export_onnx
+
+
+def onnx_detector(config: Config, folder: Path) -> nn.Module:
+    config = Config(config.to_dict())
+    use_onnx_model(config, str(folder), threads=1)
+    return MODELS.build(config.model)
+
+
+@pytest.fixture(scope='module')
+def batches(slope_run: tiny.Run) -> list[dict[str, Any]]:
+    return image_batches(slope_run.config, 2)
+
+
+@pytest.fixture
+def mask_rcnn(slope_run: tiny.Run) -> nn.Module:
+    return slope_run.model.cpu().eval()
+
+
+@pytest.mark.parametrize(
+    ('make', 'parts'),
+    [
+        (copy.deepcopy, ['dense', 'roi_head.bbox_head', 'roi_head.mask_head']),
+        (exported.faster_rcnn, ['dense', 'roi_head.bbox_head']),
+        (exported.retinanet, ['dense']),
+    ],
+    ids=['mask_rcnn', 'faster_rcnn', 'retinanet'],
+)
+def test_detectors_predict_what_pytorch_predicts(
+    make: Callable[[Config], Config],
+    parts: list[str],
+    slope_run: tiny.Run,
+    batches: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    config = make(slope_run.config)
+    if 'roi_head' in config.model:
+        config.model.test_cfg.rcnn.score_thr = 0.0
+    model = exported.calibrated(config)
+    if config.model.arch == 'MaskRCNN':
+        model.load_state_dict(slope_run.model.state_dict())
+    index = export_onnx(model, tmp_path / 'out', batches)
+    assert sorted(part.name for part in index.parts) == parts
+    detector = onnx_detector(config, tmp_path / 'out')
+    assert type(detector).__name__ == config.model.arch
+    assert not list(detector.parameters())
+    for batch in batches:
+        (expected,), (found,) = (exported.predictions(m, batch) for m in (model, detector))
+        assert len(expected['scores'])
+        assert torch.equal(found['labels'], expected['labels'])
+        assert torch.allclose(found['scores'], expected['scores'], atol=1e-4)
+        assert torch.allclose(found['bboxes'], expected['bboxes'], atol=1e-2)
+        if 'masks' in expected:
+            assert (found['masks'] == expected['masks']).float().mean() > 0.999
+    facts = index.facts['gate']
+    assert sum(facts[part]['input_codes_compared'] for part in parts) > 0
+    for part in parts:
+        floats = set(facts[part]['operators']) - {'MatMulIntegerToFloat', 'ConvInteger'}
+        assert not floats, f'{part} computes {floats} in floats'
+
+
+def test_other_configs_and_detectors_are_refused(
+    mask_rcnn: nn.Module, slope_run: tiny.Run, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    export_onnx(mask_rcnn, tmp_path / 'out', batches)
+    with pytest.raises(ExportError, match='give the config that it was exported with'):
+        onnx_detector(exported.retinanet(slope_run.config), tmp_path / 'out')
+    config = Config(dict(model=dict(type='slope_mm.OnnxDetector', folder=str(tmp_path), arch='X')))
+    with pytest.raises(ExportError, match=r"there is no '.*detector\.json'"):
+        MODELS.build(config.model)
+    with pytest.raises(ExportError, match='neither a single-stage nor a two-stage'):
+        detector_parts(nn.Conv2d(1, 1, 1))
+    mask_rcnn.extra = nn.Linear(2, 2)
+    with pytest.raises(ExportError, match=r"'extra\.weight' belongs to no part"):
+        detector_parts(mask_rcnn)
+    del mask_rcnn.extra
+
+
+def test_damage_is_found(
+    mask_rcnn: nn.Module, slope_run: tiny.Run, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / 'out'
+    export_onnx(mask_rcnn, folder, batches)
+    content = bytearray((folder / 'dense.onnx').read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / 'dense.onnx').write_bytes(content)
+    with pytest.raises(ExportError, match=r"dense\.onnx' is damaged"):
+        read_index(folder)
+    (folder / 'dense.onnx').unlink()
+    with pytest.raises(ExportError, match=r"dense\.onnx' is missing"):
+        read_index(folder)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, 'version': 99}))
+    with pytest.raises(ExportError, match='is of version 99'):
+        read_index(folder)
+    (folder / INDEX).write_text('{"format": 1')
+    with pytest.raises(ExportError, match='cannot be read'):
+        read_index(folder)
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
+    """Lets a mistake slip into the portable graph, after which all goes on as usual."""
+    right = writer.lower
+
+    def wrong(*args: Any) -> Any:
+        model, calls = right(*args)
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        change(stored)
+        return model, calls
+
+    monkeypatch.setattr(writer, 'lower', wrong)
+
+
+def set_value(tensor: onnx.TensorProto, place: int, value: Any) -> None:
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.reshape(-1)[place] = value
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+@pytest.mark.parametrize(
+    ('name', 'place', 'value', 'message'),
+    [
+        ('backbone.layer2.0.conv1.weight.codes', 5, 100, '1 weight codes'),
+        ('backbone.layer2.0.conv1.input.scale', 0, 0.5, r'[1-9]\d* of \d+ input codes'),
+        ('backbone.layer2.0.conv1.bias', 1, 50.0, 'output by'),
+    ],
+)
+def test_a_wrong_number_is_refused_by_the_layers_name(
+    name: str,
+    place: int,
+    value: Any,
+    message: str,
+    mask_rcnn: nn.Module,
+    batches: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def change(stored: dict[str, Any]) -> None:
+        if name in stored:
+            set_value(stored[name], place, value)
+
+    tampered(monkeypatch, change)
+    with pytest.raises(ExportError, match=message) as error:
+        export_onnx(mask_rcnn, tmp_path / 'out', batches)
+    assert "'backbone.layer2.0.conv1' differs most" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_further_apart_than_a_thousandth_are_refused(
+    mask_rcnn: nn.Module, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def judge(folder: Path) -> dict[str, Any]:
+        assert read_index(folder).arch == 'MaskRCNN'
+        judge_metrics({'coco/bbox_mAP': 0.5}, {'coco/bbox_mAP': 0.5011})
+        return {}
+
+    with pytest.raises(ExportError, match=r'coco/bbox_mAP 0\.5011, the checkpoint 0\.5000'):
+        export_onnx(mask_rcnn, tmp_path / 'out', batches, judge=judge)
+    assert not list(tmp_path.iterdir())
+    judge_metrics({'coco/bbox_mAP': 0.5}, {'coco/bbox_mAP': 0.501})
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(
+    mask_rcnn: nn.Module, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('important')
+    with pytest.raises(ExportError, match='exists and is no earlier export'):
+        export_onnx(mask_rcnn, tmp_path / 'mine', batches)
+    assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'important'
+    for _ in range(2):
+        export_onnx(mask_rcnn, tmp_path / 'out', batches)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['mine', 'out']
+
+
+def test_uncalibrated_inputs_are_refused(
+    slope_run: tiny.Run, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = tiny.build(slope_run.config).eval()
+    with pytest.raises(ExportError, match='input quantizers have no range yet'):
+        export_onnx(model, tmp_path / 'out', batches)
+
+
+def test_the_gate_tolerates_what_pytorch_itself_is_unsure_of(
+    mask_rcnn: nn.Module, batches: list[dict[str, Any]]
+) -> None:
+    inputs = writer.capture_inputs(mask_rcnn, batches[0])
+    (part, *_) = writer.export_parts(mask_rcnn, inputs)
+    module = detector_parts(mask_rcnn)[0].module
+    report = gate.check_part(
+        part.name, part.portable, part.cpu, part.calls, mask_rcnn, module, inputs['dense']
+    )
+    assert report.passes and report.tolerance == gate.QUANTIZED_TOLERANCE
+    assert {la.name for la in report.layers} <= set(slope_mm.compressed_layers(mask_rcnn))
+    assert all(la.codes == la.weights == 0 and la.inputs > 0 for la in report.layers)
