@@ -30,13 +30,15 @@ from slope_mm.export import require_runtime
 from slope_mm.export.folder import ExportIndex
 from slope_mm.export.gate import optimized_operators
 from slope_mm.export.images import image_batches
-from slope_mm.export.parts import capture_inputs, detector_parts
+from slope_mm.export.parts import capture_inputs, detector_parts, has_rois
 from slope_mm.export.runtime import OnnxPart, assemble
 from slope_mm.export.writer import export_parts, write_part
 
 Progress = Callable[[str], None]
 TORCH, BAKED, ORT, OURS = 'PyTorch fp32', 'PyTorch baked', 'ONNX Runtime fp32', 'ONNX Runtime ours'
 HEAVY, WHOLE = 'heavy parts', 'end to end'
+# Pairs of box and class that pass a trained detector's threshold in a picture, roughly.
+CANDIDATES = 200
 
 
 def inference(args: Namespace, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
@@ -60,7 +62,9 @@ def inference(args: Namespace, progress: Progress) -> tuple[list[dict[str, Any]]
         batch = _batch(stock, config, size, args.checkpoint)
         _calibrate(compressed, batch)
         with tempfile.TemporaryDirectory() as folder:
-            arms = Arms(stock, compressed, batch, Path(folder), args.threads)
+            arms = Arms(
+                stock, compressed, batch, Path(folder), args.threads, args.checkpoint is None
+            )
             rows += _time(arms, 'x'.join(map(str, size)), args.rounds, progress)
             notes = [arms.products()]
     return rows, notes
@@ -85,12 +89,6 @@ def build_models(config: Config, args: Namespace) -> tuple[nn.Module, nn.Module]
     stock: Any = MODELS.build(Config(section))
     state = compressed.state_dict()
     stock.load_state_dict({key: state[key] for key in stock.state_dict()})
-    if args.checkpoint is None:
-        # A random network is sure of nothing; as many boxes as the config allows are worst for us.
-        for model in (stock, compressed):
-            for holder in (model, getattr(model, 'roi_head', None)):
-                if 'score_thr' in (getattr(holder, 'test_cfg', None) or {}):
-                    holder.test_cfg.score_thr = 0.0  # type: ignore[union-attr]
     return stock.eval(), compressed.eval()
 
 
@@ -112,6 +110,36 @@ def _calibrate(model: nn.Module, batch: dict[str, Any]) -> None:
         capture_inputs(model, copy.deepcopy(batch))
 
 
+@torch.no_grad()
+def use_own_threshold(detector: Any, batch: dict[str, Any]) -> None:
+    """Lets a random network find as much as a trained one.
+
+    Its score threshold becomes the score of the ``CANDIDATES``-th best pair of box and class, which
+    is what goes into NMS. At the config's own threshold it would find nothing.
+
+    Args:
+        detector: One whose second stage or dense head has a ``score_thr``; others are left alone.
+        batch: One image.
+    """
+    holder = detector.roi_head if has_rois(detector) else detector.bbox_head
+    if 'score_thr' not in (getattr(holder, 'test_cfg', None) or {}):
+        return
+    head = holder.bbox_head if has_rois(detector) else holder
+    scores: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if has_rois(detector):
+            scores.append(outputs[0].softmax(-1)[:, :-1].flatten())
+        else:
+            scores.extend(level.sigmoid().flatten() for level in outputs[0])
+
+    handle = (head[-1] if isinstance(head, nn.ModuleList) else head).register_forward_hook(record)
+    detector.test_step(copy.deepcopy(batch))
+    handle.remove()
+    every = torch.cat(scores)
+    holder.test_cfg.score_thr = float(every.topk(min(CANDIDATES, every.numel())).values[-1])
+
+
 class Arms:
     """The four arms on one batch.
 
@@ -121,6 +149,7 @@ class Arms:
         batch: One image.
         folder: For the exports' files.
         threads: Threads of every session.
+        random: Whether the weights are random (see :func:`use_own_threshold`).
     """
 
     def __init__(
@@ -130,6 +159,7 @@ class Arms:
         batch: dict[str, Any],
         folder: Path,
         threads: int,
+        random: bool,
     ) -> None:
         self.batch = batch
         self.inputs = {
@@ -155,6 +185,8 @@ class Arms:
         proposals = SameProposals()
         for detector in self.detectors.values():
             proposals.attach(detector)
+            if random:
+                use_own_threshold(detector, batch)
 
     def part(self, arm: str, name: str) -> Callable[[], Any]:
         """One part of an arm on its input."""
