@@ -56,3 +56,17 @@ def slope_run(
     config = tiny_config(tmp_path_factory.mktemp('slope'), load_from=str(dense_run.checkpoint))
     config.custom_hooks[-1].picture = True
     return tiny.train(config)
+
+
+@pytest.fixture(scope='session')
+def weight_run(
+    dense_run: tiny.Run,
+    tiny_config: Callable[..., Config],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tiny.Run:
+    """A fine-tuning of the dense run with compressed weights alone."""
+    work_dir = tmp_path_factory.mktemp('weight_only')
+    name = 'mask_rcnn_r18_shapes_slope_w4'
+    return tiny.train(
+        tiny_config(work_dir, name, validate=False, load_from=str(dense_run.checkpoint))
+    )

@@ -4,6 +4,7 @@ train   a whole training step of a detector: stock, W4, W4A4
 eval    an evaluation step of an unfrozen model
 layer   one 512x512x3x3 weight through mask, quantizer and regularizer, beside other toolkits
 memory  peak bytes of a training step
+passes  where the extra time of a step goes: every layer's pass over its weight
 scale   how the cost grows with parameters (R18, R50, R101) and with pixels
 setup   import of slope_mm on top of mmdet, and conversion of the model
 inference   stock PyTorch, the baked model, ONNX Runtime fp32 and our export, at each of --sizes

@@ -10,13 +10,16 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from mmengine.config import Config
 
 from slope_mm.benchmark import detectors
 from slope_mm.benchmark.interleave import Spread, interleave
 from slope_mm.benchmark.memory import peak_bytes
 from slope_mm.benchmark.weights import layer_arms
+from slope_mm.convert import compressed_layers, convert
 from slope_mm.engine.launch import read_config
+from slope_mm.layers import CompressedLayer
 
 Progress = Callable[[str], None]
 Result = tuple[list[dict[str, Any]], list[str]]
@@ -98,6 +101,53 @@ def memory(args: Namespace, progress: Progress) -> Result:
     return rows, ['more_in_weights: bytes above the baseline, in units of the weights (fp32)']
 
 
+def passes(args: Namespace, progress: Progress) -> Result:
+    """Where a step's extra time goes: every W4 layer's pass over its weight, by kind of kernel."""
+    config = _read(args.config)
+    model, _ = detectors.build_arms(config, ['W4'], args.device)['W4']
+    layers = compressed_layers(model).values()
+    spent: dict[str, list[float]] = {}
+    for layer in layers:
+        kernel = 'x'.join(map(str, layer.weight.shape[2:])) or 'linear'
+        forward, backward = (Spread.of(t).median for t in _pass_times(layer, args.rounds))
+        totals = spent.setdefault(kernel, [0.0, 0.0, 0.0, 0.0])
+        for i, value in enumerate((1, layer.weight.numel(), forward, backward)):
+            totals[i] += value
+    total = [sum(values) for values in zip(*spent.values(), strict=True)]
+    rows = [
+        dict(
+            kernel=kernel,
+            layers=int(count),
+            weights=int(weights),
+            forward_ms=1e3 * forward,
+            backward_ms=1e3 * backward,
+            forward_ns=1e9 * forward / weights,
+            backward_ns=1e9 * backward / weights,
+        )
+        for kernel, (count, weights, forward, backward) in {**spent, 'all': total}.items()
+    ]
+    return rows, ['ns: per weight']
+
+
+def _pass_times(layer: CompressedLayer, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of a layer's forward and backward pass over its weight, both outputs asked for."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(rounds + 1):
+        layer.zero_grad()
+        start = time.perf_counter()
+        with layer.shared():
+            outputs = [layer.compressed_weight(), layer.weight_powers()]
+        middle = time.perf_counter()
+        upstream = [torch.ones_like(output) for output in outputs]
+        begin = time.perf_counter()
+        torch.autograd.backward(outputs, upstream)
+        # The first time initialises steps and buffers.
+        if index:
+            times[0].append(middle - start)
+            times[1].append(time.perf_counter() - begin)
+    return times
+
+
 def scale(args: Namespace, progress: Progress) -> Result:
     """The train benchmark at three depths and three image sizes."""
     rows: list[dict[str, Any]] = []
@@ -126,8 +176,6 @@ _IMPORT = 'import mmdet.models, mmdet.apis, time; a = time.perf_counter(); impor
 
 def setup(args: Namespace, progress: Progress) -> Result:
     """Seconds of ``import slope_mm`` after mmdet (in new processes), and of a conversion."""
-    from slope_mm.convert import convert
-
     imports = []
     for _ in range(args.rounds):
         command = [sys.executable, '-c', _IMPORT + ' print(time.perf_counter() - a)']
@@ -164,6 +212,7 @@ BENCHMARKS: dict[str, Callable[[Namespace, Progress], Result]] = {
     'eval': evaluate,
     'layer': layer,
     'memory': memory,
+    'passes': passes,
     'scale': scale,
     'setup': setup,
     'inference': inference,

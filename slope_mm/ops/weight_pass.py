@@ -7,8 +7,8 @@ block. On other devices the block is the whole weight.
 
 Forward, per row: ``ŵ`` and the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ``, from which cosine, SQNR and the
 regularizers follow without another look at W. Backward, per row: the gradient of W and the step's,
-those of the sums included. The mask is kept for it, a byte a weight: finding it again takes four
-times as long as reading it.
+those of the sums included. The mask is kept for it, a byte a weight: finding it again takes
+longer than reading it.
 """
 
 from __future__ import annotations

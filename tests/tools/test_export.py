@@ -8,7 +8,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,6 @@ def call(tool: str, *arguments: Any) -> tuple[int, str, str]:
     ):
         code = tiny.call_tool(tool, *arguments)
     return code, out.getvalue(), errors.getvalue()
-
-
-@pytest.fixture(scope='module')
-def weight_run(
-    dense_run: tiny.Run,
-    tiny_config: Callable[..., Config],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tiny.Run:
-    """A fine-tuning of the dense run with compressed weights alone."""
-    work_dir = tmp_path_factory.mktemp('weight_only')
-    name = 'mask_rcnn_r18_shapes_slope_w4'
-    return tiny.train(
-        tiny_config(work_dir, name, validate=False, load_from=str(dense_run.checkpoint))
-    )
 
 
 @pytest.fixture(scope='module')

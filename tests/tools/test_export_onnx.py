@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,6 @@ def evaluate(
     with out.open('rb') as stream:
         found = [sample['pred_instances'] for sample in pickle.load(stream)]
     return {key: value for key, value in report.items() if key.startswith('coco/')}, found
-
-
-@pytest.fixture(scope='module')
-def weight_run(
-    dense_run: tiny.Run,
-    tiny_config: Callable[..., Config],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tiny.Run:
-    """A fine-tuning of the dense run with compressed weights alone."""
-    work_dir = tmp_path_factory.mktemp('weight_only')
-    name = 'mask_rcnn_r18_shapes_slope_w4'
-    return tiny.train(
-        tiny_config(work_dir, name, validate=False, load_from=str(dense_run.checkpoint))
-    )
 
 
 @pytest.mark.parametrize('name', ['weight_run', 'slope_run'])
