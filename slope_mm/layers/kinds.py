@@ -9,10 +9,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from slope_mm.errors import SlopeError
 from slope_mm.layers.activation import kept_as_recipe
+from slope_mm.layers.attention import SlopeMultiheadAttention, SlopeTransformerEncoderLayer
 from slope_mm.layers.base import CompressedLayer
+from slope_mm.layers.composite import Composite
+from slope_mm.layers.substitution import as_parameter
 
 
 class CompressedConv(CompressedLayer):
@@ -38,7 +42,7 @@ class CompressedLinear(CompressedLayer):
         layer: nn.Linear = self  # type: ignore[assignment]
         x, w = self.quantized_input(input), self.compressed_weight()
         with kept_as_recipe(x):
-            return F.linear(x, w, layer.bias)
+            return F.linear(x, as_parameter(w, layer.weight), layer.bias)
 
 
 class CompressedConvTranspose(CompressedLayer):
@@ -96,18 +100,56 @@ class SlopeMMCVConvTranspose2d(CompressedConvTranspose, wrappers.ConvTranspose2d
     """mmcv's ``ConvTranspose2d`` wrapper with a compressed weight and input."""
 
 
+class SlopeOutProjection(CompressedLinear, NonDynamicallyQuantizableLinear):
+    """Attention's output projection with a compressed weight and input."""
+
+
 # The table to extend: a stock class, by exact type, and its compressed form.
 LAYER_KINDS: dict[type[nn.Module], type[CompressedLayer]] = {
     nn.Conv2d: SlopeConv2d,
     nn.Linear: SlopeLinear,
     nn.ConvTranspose2d: SlopeConvTranspose2d,
+    NonDynamicallyQuantizableLinear: SlopeOutProjection,
     wrappers.Conv2d: SlopeMMCVConv2d,
     wrappers.Linear: SlopeMMCVLinear,
     wrappers.ConvTranspose2d: SlopeMMCVConvTranspose2d,
 }
-STOCK_KINDS = {slope: stock for stock, slope in LAYER_KINDS.items()}
+# Plain convolutions and linear layers: one call of their operator on their weight and bias.
+PLAIN = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.ConvTranspose2d,
+    wrappers.Conv2d,
+    wrappers.Linear,
+    wrappers.ConvTranspose2d,
+)
+# Modules that use weights without the forward of a layer that owns them.
+COMPOSITE_KINDS: dict[type[nn.Module], type[Composite]] = {
+    nn.MultiheadAttention: SlopeMultiheadAttention,
+    nn.TransformerEncoderLayer: SlopeTransformerEncoderLayer,
+}
+
+
+STOCK_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    slope: stock for stock, slope in [*LAYER_KINDS.items(), *COMPOSITE_KINDS.items()]
+}
+
+
+def layer_kind(stock: type[nn.Module]) -> type[CompressedLayer] | None:
+    """The compressed form of a stock class; None where there is none."""
+    return LAYER_KINDS.get(stock)
+
+
+def composite_kind(stock: type[nn.Module]) -> type[Composite] | None:
+    """The form of a stock class that uses weights directly; None for others."""
+    return COMPOSITE_KINDS.get(stock)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is, or was before it was compressed, a plain convolution or linear layer."""
+    return stock_type(module) in PLAIN
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
-    """The class that a layer has, or had before it was compressed."""
-    return STOCK_KINDS.get(type(module), type(module))  # type: ignore[arg-type]
+    """The class that a module has, or had before it was swapped."""
+    return STOCK_KINDS.get(type(module), type(module))
