@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,6 @@ from torch import nn
 
 from slope_mm.errors import RecipeError, SlopeError, nearest
 from slope_mm.layers import (
-    STOCK_KINDS,
     Composite,
     CompressedLayer,
     FoundWeight,
@@ -203,7 +203,8 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
     """Makes a plain model whose weights are the compressed ones.
 
     Its layers have their stock classes and its state dict loads into the stock model with
-    ``strict=True``.
+    ``strict=True``. Weight-standardized convolutions alone become plain ones, whose state dict the
+    stock model refuses (it would standardize again); a warning names them.
 
     Args:
         model: A compressed model.
@@ -236,12 +237,30 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
     if keep:
         for module in composites:
             module.keep_quantizers()
+    _warn_of_settled(model)
     for layer in compressed_layers(model).values():
         _bake_layer(layer, FakeQuantizer.of(layer) if keep and layer not in uncalled else None)
     for module in composites:
         module.__class__ = stock_type(module)  # type: ignore[assignment]
     WeightReuse.detach(model)
     return model
+
+
+def settled_layers(model: nn.Module) -> list[str]:
+    """Layers of a compressed model whose baked weights the stock layer cannot hold."""
+    return [name for name, layer in compressed_layers(model).items() if layer.baked_type]
+
+
+def _warn_of_settled(model: nn.Module) -> None:
+    names = settled_layers(model)
+    if names:
+        warnings.warn(
+            f"{len(names)} weight-standardized convolutions ('{names[0]}', ...) are plain"
+            ' convolutions in the baked model, which the stock config does not build: it would'
+            ' standardize their weights again, and its strict load refuses them. Use the baked'
+            ' model as it is, or a packed file',
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -252,9 +271,11 @@ def _bake_layer(layer: CompressedLayer, quantizer: FakeQuantizer | None) -> None
         layer.leave()
         return
     layer.stop_compression()
-    layer.__class__ = STOCK_KINDS[type(layer)]  # type: ignore[assignment]
+    layer.settle()
+    hook = layer.baked_hook or StockFakeQuantize
+    layer.__class__ = layer.baked_type or stock_type(layer)  # type: ignore[assignment]
     if quantizer is not None:
-        layer.register_forward_pre_hook(StockFakeQuantize(quantizer))
+        hook(quantizer).register(layer)
 
 
 def pattern_name(spec: LayerSpec | None) -> str:

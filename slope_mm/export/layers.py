@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slope_mm.errors import ExportError
 from slope_mm.folding import batch_norm_pairs
-from slope_mm.layers import CompressedLayer, is_plain, stock_type
+from slope_mm.layers import Composite, CompressedLayer, is_plain, stock_type
 from slope_mm.ops import activation_codes, positive
 
 # A dead channel (a norm of weight 0) has no scale; a denormal one would be slow.
@@ -102,7 +102,8 @@ def describe_layers(model: nn.Module) -> dict[str, ExportedLayer]:
         ExportError: If a layer's settings have no counterpart in ONNX.
     """
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLayer) and not is_plain(module):
+        direct = isinstance(module, Composite) and bool(module.used_layers())
+        if direct or (isinstance(module, CompressedLayer) and not is_plain(module)):
             raise ExportError(
                 f"layer '{name}' ({stock_type(module).__name__}) is compressed, and only plain"
                 ' convolutions and linear layers can be exported; leave it alone in training'

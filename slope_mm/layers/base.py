@@ -50,6 +50,8 @@ class CompressedLayer(SavedState):
     Class attributes:
         input_axis: Axis of ``weight`` that N:M groups run along (input channels).
         output_axis: Axis of ``weight`` that per-channel steps run along (output channels).
+        baked_type: Class of the baked layer, if not the stock one.
+        baked_hook: Class of the hook that keeps a baked layer's input quantizer, if not the usual.
 
     State beside the stock one:
         slope_step: Parameter, learned weight steps, fp32, broadcastable to ``weight``.
@@ -61,6 +63,8 @@ class CompressedLayer(SavedState):
 
     input_axis = 1
     output_axis = 0
+    baked_type: type[nn.Module] | None = None
+    baked_hook: type | None = None
 
     weight: Tensor
     slope_spec: LayerSpec
@@ -106,6 +110,9 @@ class CompressedLayer(SavedState):
         self.register_buffer('slope_mask', None)
         text = torch.frombuffer(bytearray(spec.signature.encode()), dtype=torch.uint8)
         self.register_buffer('slope_layer', text.to(weight.device))
+
+    def settle(self) -> None:
+        """Takes away what a baked layer of another class than the stock one has no use for."""
 
     def stop_compression(self) -> None:
         """Removes everything that :meth:`start_compression` added."""

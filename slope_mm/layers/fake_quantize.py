@@ -44,8 +44,14 @@ class StockFakeQuantize:
     def __init__(self, quantizer: FakeQuantizer) -> None:
         self.quantizer = quantizer
 
+    def register(self, module: nn.Module) -> None:
+        """Registers itself."""
+        module.register_forward_pre_hook(self)
+
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = inputs
+        if isinstance(x, list):
+            return ([self.quantizer.quantize(one) for one in x], *rest)
         return (self.quantizer.quantize(x), *rest)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slope_mm.layers.base import CompressedLayer
 from slope_mm.layers.composite import Composite, Projection
-from slope_mm.layers.kinds import COMPOSITE_KINDS, composite_kind, layer_kind, stock_type
+from slope_mm.layers.kinds import composite_kind, layer_kind, stock_type
 
 # Parameters that no matrix product or convolution uses: what is looked up or added.
 LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
@@ -47,9 +47,8 @@ class FoundWeight:
     def key(self) -> str:
         """The parameter's key in a state dict."""
         bare = self.kind is not None and issubclass(self.kind, Projection)
-        if bare:
-            return f'{self.name}_weight'
-        return f'{self.name}.{self.parameter}' if self.name else self.parameter
+        owner = self.name.rpartition('.')[0] if bare else self.name
+        return f'{owner}.{self.parameter}' if owner else self.parameter
 
     @property
     def weight(self) -> Tensor:
@@ -125,7 +124,7 @@ def _never_called(modules: dict[nn.Module, tuple[str, ...]]) -> dict[nn.Module, 
         for module in modules
         if isinstance(module, nn.MultiheadAttention)
         and not isinstance(module, Composite)
-        and type(module) not in COMPOSITE_KINDS
+        and composite_kind(type(module)) is None
         for layer in module.modules()
         if layer is not module
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slope_mm.convert import compressed_layers, start_layers
 from slope_mm.errors import PackedFileError, RecipeError, SlopeError
 from slope_mm.layers import CompressedLayer, LayerSpec, find_weights
+from slope_mm.layers.standardized import STANDARDIZED, CompressedStandardizedConv
 from slope_mm.ops import parse_pattern
 from slope_mm.packing.codec import weight_values
 from slope_mm.packing.layout import WeightLayout
@@ -126,6 +127,8 @@ def layer_state(layer: PackedLayer) -> dict[str, Tensor]:
     elif spec.pattern is not None:
         # Saved on a ramp that had not left dense yet.
         state['slope_mask'] = torch.ones(layout.shape, dtype=torch.bool)
+    if layout.standardized:
+        state[STANDARDIZED] = torch.ones(1, dtype=torch.uint8)
     if layout.quantizers:
         steps = [quantizer.step for quantizer in layout.quantizers]
         signed = [SIGN_STATES[quantizer.signed] for quantizer in layout.quantizers]
@@ -205,6 +208,10 @@ def _check_model(file: PackedFile, model: nn.Module) -> None:
             fits = weight.layer.slope_spec.signature == spec.signature
         else:
             fits = not present and weight.kind is not None and not weight.obstacle
+        standardizes = weight.kind is not None and issubclass(
+            weight.kind, CompressedStandardizedConv
+        )
+        fits = fits and standardizes == layer.layout.standardized
         if not fits:
             raise PackedFileError(
                 f"layer '{name}' was packed as '{spec.signature}', which the model's"
