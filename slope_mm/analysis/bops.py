@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slope_mm.layers import LAYER_KINDS, CompressedLayer, stock_type
+from slope_mm.layers import LAYER_KINDS, CompressedLayer, LayerSpec, stock_type
 
 FLOAT_BITS = 32
 
@@ -52,9 +52,13 @@ def layer_macs(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
 
 def layer_bops(layer: nn.Module, macs: int) -> float:
     """Bit operations of that many multiply-accumulates in a layer."""
-    if not isinstance(layer, CompressedLayer):
+    return spec_bops(layer.slope_spec if isinstance(layer, CompressedLayer) else None, macs)
+
+
+def spec_bops(spec: LayerSpec | None, macs: int) -> float:
+    """Bit operations of multiply-accumulates under a spec; None for a layer that stays as it is."""
+    if spec is None:
         return float(macs * FLOAT_BITS * FLOAT_BITS)
-    spec = layer.slope_spec
     density = 1.0 if spec.pattern is None else spec.pattern.density
     return macs * density * (spec.bits or FLOAT_BITS) * (spec.activation_bits or FLOAT_BITS)
 
@@ -90,3 +94,19 @@ def count_operations(model: nn.Module, forward: Callable[[], Any]) -> Operations
         forward()
     macs = sum(count for _, count in calls)
     return Operations(macs, sum(layer_bops(layer, count) for layer, count in calls))
+
+
+def macs_by_layer(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
+    """The same count, layer by layer, by name; a layer that did not run is not in it.
+
+    Args:
+        model: As for :func:`count_operations`.
+        forward: Runs the model on some input.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    with _counting(model) as calls:
+        forward()
+    macs: dict[str, int] = {}
+    for layer, count in calls:
+        macs[names[layer]] = macs.get(names[layer], 0) + count
+    return macs
