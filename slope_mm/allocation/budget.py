@@ -156,8 +156,9 @@ class Budget:
         self, size: float | None = None, bops: float | None = None
     ) -> tuple[Choice, Allocation] | None:
         """The choice of least total error that keeps the budget when all free layers get it."""
-        choices = next(iter(self.candidates.values())).keys()
-        for choice in sorted(choices, key=lambda c: self._error(dict.fromkeys(self.candidates, c))):
+        choices = next(iter(self.errors.values())).keys()
+        errors = {choice: sum(row[choice] for row in self.errors.values()) for choice in choices}
+        for choice in sorted(errors, key=lambda each: errors[each]):
             found = self.uniform(choice)
             too_long = size is not None and found.file.promised > size
             if not too_long and (bops is None or found.bops <= bops):

@@ -88,18 +88,14 @@ def run(config: Config, request: Request, out: Path) -> str:
             calibrate(compressed, batches[:1])
 
     header = {'config': stock_config(config), 'dataset_meta': meta.get('dataset_meta') or {}}
-    budget = Budget(
-        model, recipe, options, errors, header, macs, set_ranges if batches else None
-    )
+    budget = Budget(model, recipe, options, errors, header, macs, set_ranges if batches else None)
     found = budget.solve(request.size, request.bops)
     told = summary(budget, found, request)
     out.parent.mkdir(parents=True, exist_ok=True)
     comment = (
         f'Written by tools/allocate.py: {_limits(request)}, measured by {request.measure} error.'
     )
-    out.write_text(
-        allocated_config(request.config, out, found.recipe, request.checkpoint, comment)
-    )
+    out.write_text(allocated_config(request.config, out, found.recipe, request.checkpoint, comment))
     # Read back: what was written has to inherit, and to mean what was solved.
     written = Recipe.parse(Config.fromfile(str(out)).model.recipe.to_dict())
     if written != found.recipe:
@@ -155,8 +151,8 @@ def summary(budget: Budget, found: Allocation, request: Request) -> str:
 
 def _totals(allocation: Allocation, request: Request) -> str:
     text = (
-        f'total error {allocation.error:.4f}, packed file at most {allocation.file.promised:,} bytes'
-        f' ({allocation.file.now:,} with these weights)'
+        f'total error {allocation.error:.4f}, packed file at most {allocation.file.promised:,}'
+        f' bytes ({allocation.file.now:,} with these weights)'
     )
     if request.bops is not None:
         text += f', {allocation.bops / 1e9:,.3f} GBOPs'

@@ -126,7 +126,9 @@ def evenly_spread_batches(
     Yields:
         Collated batches.
     """
-    size = int(loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1))
+    # A loader with a batch sampler of its own has no batch size.
+    batch_size: Any = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    size = int(batch_size)
     dataset: Any = loader.dataset
     wanted, length = batches * size * world, len(dataset)
     for batch in range(batches):
