@@ -15,27 +15,13 @@ from slope_mm.allocation.program import Resource, allocate
 from slope_mm.allocation.rules import allocation_rules, with_rules
 from slope_mm.analysis.bops import spec_bops
 from slope_mm.convert import convert, plan
-from slope_mm.packing.writer import SMALLEST, pack
+from slope_mm.packing.writer import pack
 from slope_mm.recipe import Recipe
 
 Choice = tuple[str | None, int]
-# Every one of its lengths is fixed by shapes, patterns and bits: what training does to the codes
-# cannot make the file longer, and the default coding only makes it shorter.
+# The coding whose lengths are fixed by shapes, patterns and bits; the default one is never longer.
 FIXED_LENGTH = 'enumerative'
-_ATTEMPTS = 20
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """Lengths of a packed file in bytes.
-
-    Attributes:
-        promised: With codes and index of fixed length, which training does not change.
-        now: With the default coding, of the weights as they are now.
-    """
-
-    promised: int
-    now: int
+_ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -46,14 +32,15 @@ class Allocation:
         recipe: The recipe with the allocated rules.
         chosen: The choice of each layer.
         error: Sum of the layers' errors.
-        file: Its packed file.
+        file_bytes: Length of its packed file with codes and index of fixed length: what training
+            does to the weights cannot make it longer.
         bops: Bit operations of the whole model, or 0 where none were counted.
     """
 
     recipe: Recipe
     chosen: dict[str, Choice]
     error: float
-    file: Weighed
+    file_bytes: int
     bops: float
 
 
@@ -83,6 +70,7 @@ class Budget:
         self.model, self.recipe = model, recipe
         self.candidates, self.errors = candidates, errors
         self.meta, self.calibrate = dict(meta or {}), calibrate
+        self._known: dict[tuple[Choice, ...], Allocation] = {}
         macs = dict(macs or {})
         # Under any choice: what is not free does not depend on it.
         choice = next(iter(next(iter(candidates.values()))))
@@ -104,15 +92,13 @@ class Budget:
         others = {name: spec for name, spec in specs.items() if not same(spec, planned[name])}
         return with_rules(recipe, allocation_rules(others, recipe, planned))
 
-    def weigh(self, recipe: Recipe) -> Weighed:
-        """The packed files of the dense model under a recipe."""
+    def file_bytes(self, recipe: Recipe, coding: str = FIXED_LENGTH) -> int:
+        """Length of the packed file of the dense model under a recipe."""
         model: Any = convert(copy.deepcopy(self.model), recipe)
         model.slope_recipe = recipe
         if self.calibrate is not None:
             self.calibrate(model)
-        return Weighed(
-            *(len(pack(model, self.meta, coding=coding)) for coding in (FIXED_LENGTH, SMALLEST))
-        )
+        return len(pack(model, self.meta, coding=coding))
 
     def uniform(self, choice: Choice) -> Allocation:
         """One choice for all free layers."""
@@ -137,20 +123,29 @@ class Budget:
         if size is None:
             return self._allocation(self._solved(resources))
         costs = self._costs(lambda candidate: candidate.bits / 8)
-        lightest = self._allocation(self._cheapest())
+        best = self._allocation(self._cheapest())
         # Header and everything that is not chosen: the file's length without the chosen weights.
-        fixed = lightest.file.promised - sum(map(min, costs))
+        fixed, smallest = best.file_bytes - sum(map(min, costs)), sum(map(min, costs))
         limit = size - fixed
-        found = lightest
+        fits: float | None = None
+        too_long: float | None = None
         for _ in range(_ATTEMPTS):
             found = self._allocation(
                 self._solved([*resources, Resource('bytes', costs, limit, fixed)])
             )
-            if found.file.promised <= size:
-                return found
-            # Headers differ by what they have to tell of the layers.
-            limit = max(limit - (found.file.promised - size), sum(map(min, costs)))
-        return lightest
+            # Headers differ by what they have to tell of the layers: a limit that is right for one
+            # allocation may be a few bytes off for the next.
+            if found.file_bytes <= size:
+                best = found if found.error <= best.error else best
+                fits = limit
+            else:
+                too_long = limit
+            limit = limit + size - found.file_bytes
+            if fits is not None and too_long is not None:
+                limit = (fits + too_long) / 2
+            limit = max(limit, smallest)
+        uniform = self.best_uniform(size, bops)
+        return best if uniform is None or best.error <= uniform[1].error else uniform[1]
 
     def best_uniform(
         self, size: float | None = None, bops: float | None = None
@@ -159,8 +154,11 @@ class Budget:
         choices = next(iter(self.errors.values())).keys()
         errors = {choice: sum(row[choice] for row in self.errors.values()) for choice in choices}
         for choice in sorted(errors, key=lambda each: errors[each]):
+            weights = sum(options[choice].bits for options in self.candidates.values()) / 8
+            if size is not None and weights > size:
+                continue
             found = self.uniform(choice)
-            too_long = size is not None and found.file.promised > size
+            too_long = size is not None and found.file_bytes > size
             if not too_long and (bops is None or found.bops <= bops):
                 return choice, found
         return None
@@ -189,6 +187,11 @@ class Budget:
         return sum(self.errors[name][choice] for name, choice in chosen.items())
 
     def _allocation(self, chosen: dict[str, Choice]) -> Allocation:
-        recipe = self.recipe_of(chosen)
-        bops = self.fixed_bops + sum(self.candidates[n][c].bops for n, c in chosen.items())
-        return Allocation(recipe, chosen, self._error(chosen), self.weigh(recipe), bops)
+        key = tuple(chosen.values())
+        if key not in self._known:
+            recipe = self.recipe_of(chosen)
+            bops = self.fixed_bops + sum(self.candidates[n][c].bops for n, c in chosen.items())
+            self._known[key] = Allocation(
+                recipe, chosen, self._error(chosen), self.file_bytes(recipe), bops
+            )
+        return self._known[key]

@@ -23,6 +23,7 @@ from slope_mm.engine.calibration_images import calibration_batches, fixed_statis
 from slope_mm.engine.dense_start import load_dense
 from slope_mm.engine.packed import stock_config
 from slope_mm.errors import ConfigError
+from slope_mm.packing.writer import SMALLEST
 from slope_mm.recipe import Recipe
 
 
@@ -142,17 +143,17 @@ def summary(budget: Budget, found: Allocation, request: Request) -> str:
             f'{name:{width}}  {choice_name(choice):10}  error {error:.5f}'
             f'  {candidate.bits / 8e3:9.2f} kB'
         )
-    lines += ['', 'Allocated: ' + _totals(found, request)]
+    lines += ['', 'Allocated: ' + _totals(budget, found, request)]
     uniform = budget.best_uniform(request.size, request.bops)
     if uniform is not None:
-        lines.append(f'Uniform, {choice_name(uniform[0])}: ' + _totals(uniform[1], request))
+        lines.append(f'Uniform, {choice_name(uniform[0])}: ' + _totals(budget, uniform[1], request))
     return '\n'.join(lines)
 
 
-def _totals(allocation: Allocation, request: Request) -> str:
+def _totals(budget: Budget, allocation: Allocation, request: Request) -> str:
     text = (
-        f'total error {allocation.error:.4f}, packed file at most {allocation.file.promised:,}'
-        f' bytes ({allocation.file.now:,} with these weights)'
+        f'total error {allocation.error:.4f}, packed file at most {allocation.file_bytes:,}'
+        f' bytes ({budget.file_bytes(allocation.recipe, SMALLEST):,} with these weights)'
     )
     if request.bops is not None:
         text += f', {allocation.bops / 1e9:,.3f} GBOPs'

@@ -13,8 +13,8 @@ from slope_mm.errors import SlopeError
 from slope_mm.layers import CompressedLayer, stock_type
 from slope_mm.oneshot.latent import latent_weight
 from slope_mm.oneshot.matrix import TRANSPOSED, from_matrix, is_product, weight_matrix
+from slope_mm.oneshot.moments import SecondMoments, collect, stages
 from slope_mm.oneshot.rounding import DAMPING, Compensated, compensate
-from slope_mm.oneshot.statistics import SecondMoments, collect, stages
 from slope_mm.ops import NMPattern
 
 #: Bytes of second moments that are held at once, unless another limit is given.
