@@ -27,6 +27,8 @@ LAYERS = {
 }
 
 
+# torch's own, for an even kernel.
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize('name', LAYERS)
 @torch.no_grad()
 def test_the_product_is_the_output(name: str) -> None:
