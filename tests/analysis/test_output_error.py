@@ -24,7 +24,7 @@ class Calls(nn.Module):
         self.unused = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dead((self.twice(self.twice(x)) * 0))
+        return self.dead(self.twice(self.twice(x)) * 0)
 
 
 @torch.no_grad()
