@@ -14,7 +14,7 @@ from slope_mm.layers import CompressedLayer, stock_type
 from slope_mm.oneshot.latent import latent_weight
 from slope_mm.oneshot.matrix import TRANSPOSED, from_matrix, is_product, weight_matrix
 from slope_mm.oneshot.moments import SecondMoments, collect, stages
-from slope_mm.oneshot.rounding import DAMPING, Compensated, compensate
+from slope_mm.oneshot.rounding import Compensated, compensate
 from slope_mm.ops import NMPattern
 
 #: Bytes of second moments that are held at once, unless another limit is given.
@@ -61,15 +61,12 @@ def execution_order(model: nn.Module, forward: Callable[[], Any]) -> dict[str, C
 
 
 @torch.no_grad()
-def compensate_layer(
-    layer: CompressedLayer, moments: SecondMoments, damping: float = DAMPING
-) -> None:
+def compensate_layer(layer: CompressedLayer, moments: SecondMoments) -> None:
     """Rewrites a layer's latent weight and steps, so that its output is closest to the dense one's.
 
     Args:
         layer: A layer that :func:`refusal` does not refuse, its weight the dense one.
         moments: Of its input.
-        damping: As in :func:`~slope_mm.oneshot.rounding.inverse_factor`.
 
     Raises:
         SlopeError: If the weight's dtype cannot hold what was found.
@@ -90,7 +87,6 @@ def compensate_layer(
             mask=None if settled is None else settled[group],
             codes=spec.weight_codes,
             per_row=spec.step == 'channel',
-            damping=damping,
         )
         for group in range(len(matrix))
     ]
@@ -127,7 +123,6 @@ def compensate_model(
     forward: Callable[[], Any],
     *,
     memory: int = MEMORY,
-    damping: float = DAMPING,
 ) -> dict[str, str]:
     """Compensates the rounding of all layers, in the order in which they run.
 
@@ -138,7 +133,6 @@ def compensate_model(
         model: A compressed model with dense latent weights and calibrated inputs, in evaluation.
         forward: Runs it on the calibration images.
         memory: Bytes of second moments that may be held at once; a single layer may take more.
-        damping: As in :func:`~slope_mm.oneshot.rounding.inverse_factor`.
 
     Returns:
         By name, why a compressed layer was not compensated; ``''`` if it was.
@@ -152,7 +146,7 @@ def compensate_model(
     for names in stages(able, memory):
         for name, moments in collect(able, names, forward).items():
             if moments.seen:
-                compensate_layer(able[name], moments, damping)
+                compensate_layer(able[name], moments)
             else:
                 reasons[name] = 'its input is zero'
     return reasons

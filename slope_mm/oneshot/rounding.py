@@ -23,6 +23,8 @@ from torch import Tensor
 from slope_mm.ops import Codes, NMPattern, mse_init_step, nm_mask
 from slope_mm.ops.quantization import SMALLEST_STEP, from_codes, to_codes
 
+# Share of the mean diagonal that is added to H, as in GPTQ: it bounds what a column corrects in
+# others, and makes the moments of few samples invertible.
 DAMPING = 0.01
 # Columns whose corrections of later ones are applied in one product.
 _BLOCK = 128
@@ -36,7 +38,7 @@ class Compensated:
         corrected: What every column had become when its turn came; its codes are the result's.
         mask: True where kept.
         compressed: The result.
-        step: Steps that the codes were rounded with, ``[rows, 1]``; None without quantization.
+        step: Steps of the result, ``[rows, 1]``; None without quantization.
     """
 
     corrected: Tensor
@@ -45,21 +47,19 @@ class Compensated:
     step: Tensor | None
 
 
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """``U``, upper triangular with ``U^T U = (H + damping * mean(diag H) * I)^-1``, in float64.
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """``U``, upper triangular with ``U^T U = (H + DAMPING * mean(diag H) * I)^-1``, in float64.
 
     Args:
         hessian: ``[columns, columns]``, symmetric, positive semidefinite. Columns that the input
             never used take no part.
-        damping: Share of the mean diagonal that is added to it; it bounds what a column corrects
-            in others, and makes matrices of few samples invertible.
     """
     h = hessian.double().clone()
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     unused = diagonal <= 0
     diagonal[unused] = 1.0
-    diagonal += damping * (mean if mean > 0 else 1.0)
+    diagonal += DAMPING * (mean if mean > 0 else 1.0)
     lower = torch.linalg.cholesky(h)
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
@@ -125,7 +125,6 @@ def compensate(
     mask: Tensor | None = None,
     codes: Codes | None = None,
     per_row: bool = True,
-    damping: float = DAMPING,
 ) -> Compensated:
     """Compresses a matrix whose columns fall into independent runs.
 
@@ -141,10 +140,9 @@ def compensate(
         mask: A mask that is settled already, instead.
         codes: Code set; None without quantization.
         per_row: One step a row, or one for all.
-        damping: As in :func:`inverse_factor`.
     """
     lengths = [hessian.shape[0] for hessian in hessians]
-    runs, factors = w.split(lengths, 1), [inverse_factor(h, damping) for h in hessians]
+    runs, factors = w.split(lengths, 1), [inverse_factor(h) for h in hessians]
 
     def each(masks: Sequence[Tensor | None], **how: Any) -> Compensated:
         parts = [
