@@ -81,7 +81,8 @@ class ActivationObserver:
     """Collects a bounded sample of what a layer's input looks like.
 
     Attributes:
-        low: Smallest value seen (0-dim tensor), or None before the first call.
+        low: Smallest value seen (0-dim tensor), or None before the first call. What held NaN or
+            infinity anywhere leaves a NaN among the samples.
         samples: Sampled values of every observed call.
     """
 
@@ -102,6 +103,8 @@ class ActivationObserver:
             # An odd stride does not run along one column of the feature map.
             stride = max(1, flat.numel() // SAMPLES_PER_CALL) | 1
             sample = flat[::stride][:SAMPLES_PER_CALL].clone()
+            # Zero times what is finite: NaN where any value is not, sampled or not.
+            sample[0] += 0 * low + 0 * flat.max()
             self.samples.append(sample)
             self._count += sample.numel()
 
@@ -180,8 +183,8 @@ class QuantizedInput(nn.Module):
     def set_activation_range(self, samples: Tensor, signed: bool) -> None:
         """Fixes sign and first step of the input quantizer.
 
-        An input of zeros alone (a dead branch) says nothing about the range: the layer stays
-        uncalibrated and passes it through.
+        An input of zeros alone (a dead branch), or one with NaN or infinity in it, says nothing
+        about the range: the layer stays uncalibrated and passes it through.
 
         Args:
             samples: Sampled input values, flat.
@@ -189,6 +192,8 @@ class QuantizedInput(nn.Module):
         """
         bits = self.slope_spec.activation_bits
         if bits is None or self.slope_act_step is None or not bool(samples.any()):
+            return
+        if not bool(samples.isfinite().all()):
             return
         self.slope_act_step.copy_(calibrated_step(samples, signed, bits))
         self._act_state = SIGNED if signed else UNSIGNED
