@@ -11,7 +11,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from slope_mm.engine.calibration import calibrate, uncalibrated_layers
-from slope_mm.errors import ConfigError
+from slope_mm.errors import ConfigError, DataError
 
 
 @HOOKS.register_module()
@@ -65,7 +65,27 @@ class SlopeCalibrationHook(Hook):
         rank, world = get_rank(), get_world_size()
         wanted = self.batches * size * world
         length = len(loader.dataset)
+        if not length:
+            raise DataError(
+                'SlopeCalibrationHook: the training data set is empty; check its annotation file,'
+                ' its classes (metainfo) and its filter_cfg'
+            )
         for batch in range(self.batches):
             first = (batch * world + rank) * size
             indices = [(first + i) * length // wanted % length for i in range(size)]
-            yield loader.collate_fn([loader.dataset[index] for index in indices])
+            yield loader.collate_fn([_item(loader.dataset, index) for index in indices])
+
+
+def _item(dataset: Any, index: int) -> Any:
+    """An item of a data set; what it raises comes back with the image's name."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+        name = info.get('img_path', f'item {index}')
+        reason = str(error).strip().splitlines() or ['no reason given']
+        raise DataError(
+            f"SlopeCalibrationHook: '{name}' of the training data cannot be used"
+            f' ({type(error).__name__}: {reason[-1][:200]}); mend it, or take it out of the'
+            ' annotation file'
+        ) from error
