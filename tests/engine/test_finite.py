@@ -338,8 +338,8 @@ def test_a_detector_passes_over_a_batch_with_nan(
     run = tiny.train(config, spoil, seen)
     log = tiny.read_log(tmp_path)
     assert (
-        f'SLOPE skips iteration 1 (epoch 1): the batch holds NaN or infinity in inputs[1] ({spoil.file})'
-        in log
+        f'SLOPE skips iteration 1 (epoch 1): the batch holds NaN or infinity in'
+        f' inputs[1] ({spoil.file})' in log
     )
     assert is_finite(tiny.state_of(run.model))
     # Statistics are frozen, so the skipped iteration ends with the weights that were loaded.
