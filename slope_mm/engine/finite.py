@@ -25,16 +25,17 @@ def plain(model: nn.Module) -> nn.Module:
     return inner
 
 
-def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
-    """The largest magnitude of each tensor (NaN where it holds one), in one call for all.
+def all_finite(tensors: list[Tensor]) -> list[bool]:
+    """Whether each tensor is free of NaN and infinity.
 
     Args:
-        tensors: Floating tensors of any shape, none of them empty.
-
-    Returns:
-        Tensor of shape ``[len(tensors)]``. Unlike a sum it overflows for no finite input.
+        tensors: Floating tensors of one device and any shape.
     """
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float('inf'))])
+    # A sum is one pass without a temporary; it may overflow on finite values, hence the recheck.
+    sums = torch.stack([tensor.sum().float() for tensor in tensors]).isfinite().tolist()
+    return [
+        fine or bool(tensor.isfinite().all()) for tensor, fine in zip(tensors, sums, strict=True)
+    ]
 
 
 def nonfinite(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
@@ -48,7 +49,7 @@ def nonfinite(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
         if tensor is not None and tensor.is_floating_point() and tensor.numel():
             groups.setdefault(tensor.device, []).append((name, tensor.detach()))
     for group in groups.values():
-        good = largest_magnitudes([tensor for _, tensor in group]).isfinite().tolist()
+        good = all_finite([tensor for _, tensor in group])
         found += [name for (name, _), fine in zip(group, good, strict=True) if not fine]
     return found
 

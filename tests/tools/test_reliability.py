@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 RUNS = int(os.environ.get('SLOPE_KILLS', '3'))
 
@@ -30,10 +32,8 @@ def test_a_killed_run_loses_nothing(tmp_path: Path) -> None:
 
 def test_what_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison itself: a line that differs, one that is missing, a weight that differs."""
-    import torch
-
     monkeypatch.syspath_prepend(tiny.ROOT / 'tools')
-    tool = tiny.load_tool('reliability')
+    tool = importlib.import_module('reliability')
 
     def run(name: str, rows: list[dict], weight: float = 1.0) -> Path:
         folder = tmp_path / name
