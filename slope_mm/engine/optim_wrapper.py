@@ -15,7 +15,7 @@ from slope_mm.convert import compressed_layers
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.layers import CompressedLayer
-from slope_mm.ops import compiled_pass
+from slope_mm.ops import fused
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
 # them.
@@ -76,7 +76,7 @@ class RegularizedOptimWrapper(OptimWrapper):
     ) -> None:
         super().__init__(*args, **kwargs)
         if compile:
-            compiled_pass.use_compiled(True)
+            fused.use_fused(True)
         if regularizer is None:
             raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))
@@ -231,8 +231,10 @@ class SlopeOptimWrapperConstructor:
             Defaults to ``'DefaultOptimWrapperConstructor'``.
         step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
         step_limit: Largest relative change of a step in one update. Defaults to 0.005.
-        compile: Compress 3x3 convolutions' weights through ``torch.compile``: faster for large
-            models after some tens of seconds of compiling (docs/performance.md). Defaults to False.
+        compile: Compress through fused kernels: on a CPU 3x3 convolutions' weights through
+            ``torch.compile``, which is faster for large models after some tens of seconds of
+            compiling (docs/performance.md); on CUDA weights and activations through Triton.
+            Defaults to False.
 
     Steps get no weight decay: it would pull every level towards zero.
     """
@@ -252,7 +254,7 @@ class SlopeOptimWrapperConstructor:
         if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
             # Named beside the constructor: it asks for a regularizer itself.
             cfg['regularizer'] = given
-        compiled_pass.use_compiled(bool(cfg.pop('compile', False)))
+        fused.use_fused(bool(cfg.pop('compile', False)))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(

@@ -14,10 +14,12 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from slope_mm.convert import bake, compressed_layers
+from slope_mm.convert import bake, compressed_layers, settled_layers
 from slope_mm.engine import launch
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.packed import stock_model
+from slope_mm.errors import SlopeError
+from slope_mm.layers import Projection, stock_type
 from slope_mm.packing.container import write_atomically
 
 # In a checkpoint's meta: its weights are compressed ones, of a stock model.
@@ -39,13 +41,27 @@ def save_stock(
 
     Raises:
         PackedFileError: If it cannot be written.
+        SlopeError: If the stock model cannot hold a compressed weight (weight standardization).
     """
+    settled = settled_layers(model)
+    if settled:
+        raise SlopeError(
+            f"layer '{settled[0]}' and {len(settled) - 1} others standardize their weights, and a"
+            ' stock checkpoint would have its compressed ones standardized again; write a packed'
+            " file (tools/export.py packed), or leave them alone (dict(match='type:"
+            f"{_stock_name(model, settled[0])}', compress=False))"
+        )
     recipe = getattr(model, 'slope_recipe', None)
     told = {**(meta or {}), BAKED: True if recipe is None else recipe.to_dict()}
     content = io.BytesIO()
     torch.save({'meta': told, 'state_dict': bake(model).state_dict()}, content)
     write_atomically(path, content.getvalue())
     return content.tell()
+
+
+def _stock_name(model: nn.Module, name: str) -> str:
+    layer = compressed_layers(model)[name]
+    return stock_type(layer.owner if isinstance(layer, Projection) else layer).__name__
 
 
 def quantized_inputs(model: nn.Module) -> dict[int, int]:

@@ -30,6 +30,10 @@ class Groups(NamedTuple):
     kernel: int
 
 
+# What fused kernels take for no groups: every weight is its group's largest.
+DENSE = Groups(1, 1, 1)
+
+
 def as_rows(x: Tensor, output_axis: int, input_axis: int) -> Tensor:
     """A contiguous ``[outputs, inputs * kernel]`` view or copy of a weight-shaped tensor."""
     if x.dim() > 1 and (output_axis, input_axis) != (0, 1):

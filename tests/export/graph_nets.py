@@ -75,7 +75,7 @@ def net(settings: dict[str, Any] | None, seed: int = 0) -> nn.Module:
             layer.begin_observing()
         model.eval()(image())
         for layer in slope_mm.compressed_layers(model).values():
-            seen = layer.end_observing()
+            (seen,) = layer.end_observing()
             if seen.seen:
                 layer.set_activation_range(torch.cat(seen.samples), bool(seen.low < 0))
     model.stem[1].weight.data[0] = 0
@@ -95,7 +95,7 @@ def graphs(
     with marked(model) as copied:
         skeleton = trace(copied, image(), 'images', ['up', 'scores'], axes)
     portable, calls = lower(skeleton, describe_layers(model))
-    cpu = to_integer(portable)
+    cpu = to_integer(portable, image().shape)
     if int4:
         portable = with_int4(portable)
     for graph in (portable, cpu):
