@@ -1,8 +1,9 @@
 """SLOPE for stock OpenMMLab detection: N:M sparse, 2 to 4 bit, trained with a cosine regularizer.
 
-Importing the package registers its plug-ins with mmengine and makes checkpoint loading safe. Where
-torch or an mm* package is missing or unusable, packed files can be read all the same
-(``read_packed``), and everything else says what is missing when it is asked for.
+Importing the package registers its plug-ins with mmengine, and makes checkpoints safe to read and
+whole when they are written. Where torch or an mm* package is missing or unusable, packed files can
+be read all the same (``read_packed``), and everything else says what is missing when it is asked
+for.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from slope_mm.errors import (
     PackedFileError,
     RecipeError,
     SlopeError,
+    StorageError,
     TensorError,
 )
 from slope_mm.version import __version__
@@ -33,7 +35,9 @@ else:
         EpochSeedHook,
         SlopeAmpOptimWrapper,
         SlopeCalibrationHook,
+        SlopeCheckpointHook,
         SlopeExportHook,
+        SlopeFiniteHook,
         SlopeModel,
         SlopeMonitorHook,
         SlopeOptimWrapper,
@@ -41,6 +45,7 @@ else:
         SlopeScheduleHook,
         calibrate,
         install_checkpoint_loader,
+        install_file_backend,
         load_packed,
         regularization,
     )
@@ -49,6 +54,7 @@ else:
     from slope_mm.recipe import Recipe
 
     install_checkpoint_loader()
+    install_file_backend()
 
 __all__ = [
     'CheckpointError',
@@ -63,13 +69,16 @@ __all__ = [
     'Report',
     'SlopeAmpOptimWrapper',
     'SlopeCalibrationHook',
+    'SlopeCheckpointHook',
     'SlopeError',
     'SlopeExportHook',
+    'SlopeFiniteHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',
     'SlopeOptimWrapperConstructor',
     'SlopeScheduleHook',
+    'StorageError',
     'TensorError',
     '__version__',
     'bake',

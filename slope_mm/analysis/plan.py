@@ -99,6 +99,7 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
         dict(type='slope_mm.EpochSeedHook'),
         dict(type='slope_mm.SlopeCalibrationHook'),
         dict(type='slope_mm.SlopeScheduleHook'),
+        dict(type='slope_mm.SlopeFiniteHook'),
         dict(type='slope_mm.SlopeMonitorHook'),
     ]
     constructor = config.optim_wrapper.get('constructor') if 'optim_wrapper' in config else None

@@ -11,7 +11,9 @@ from slope_mm.engine.checkpoint import install as install_checkpoint_loader
 from slope_mm.engine.hooks import (
     EpochSeedHook,
     SlopeCalibrationHook,
+    SlopeCheckpointHook,
     SlopeExportHook,
+    SlopeFiniteHook,
     SlopeMonitorHook,
     SlopeScheduleHook,
 )
@@ -24,13 +26,16 @@ from slope_mm.engine.optim_wrapper import (
 )
 from slope_mm.engine.packed import load_packed
 from slope_mm.engine.regularization import regularization
+from slope_mm.engine.storage import install as install_file_backend
 
 __all__ = [
     'EpochSeedHook',
     'RegularizedOptimWrapper',
     'SlopeAmpOptimWrapper',
     'SlopeCalibrationHook',
+    'SlopeCheckpointHook',
     'SlopeExportHook',
+    'SlopeFiniteHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',
@@ -38,6 +43,7 @@ __all__ = [
     'SlopeScheduleHook',
     'calibrate',
     'install_checkpoint_loader',
+    'install_file_backend',
     'load_packed',
     'regularization',
 ]

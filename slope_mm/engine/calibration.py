@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from slope_mm.convert import compressed_layers
+from slope_mm.errors import DataError
 from slope_mm.layers import CompressedLayer
 from slope_mm.layers.activation import MAX_SAMPLES
 
@@ -124,16 +125,39 @@ def evenly_spread_batches(
 
     Yields:
         Collated batches.
+
+    Raises:
+        DataError: If the data set is empty, or an image cannot be used; it is named.
     """
     # A loader with a batch sampler of its own has no batch size.
     batch_size: Any = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
     size = int(batch_size)
     dataset: Any = loader.dataset
     wanted, length = batches * size * world, len(dataset)
+    if not length:
+        raise DataError(
+            'calibration: the training data set is empty; check its annotation file, its classes'
+            ' (metainfo) and its filter_cfg'
+        )
     for batch in range(batches):
         first = (batch * world + rank) * size
         indices = [(first + i) * length // wanted % length for i in range(size)]
-        yield loader.collate_fn([dataset[index] for index in indices])
+        yield loader.collate_fn([_item(dataset, index) for index in indices])
+
+
+def _item(dataset: Any, index: int) -> Any:
+    """An item of a data set; what it raises comes back with the image's name."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+        name = info.get('img_path', f'item {index}')
+        reason = str(error).strip().splitlines() or ['no reason given']
+        raise DataError(
+            f"calibration: '{name}' of the training data cannot be used"
+            f' ({type(error).__name__}: {reason[-1][:200]}); mend it, or take it out of the'
+            ' annotation file'
+        ) from error
 
 
 class FirstBatchCalibration:

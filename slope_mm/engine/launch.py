@@ -25,7 +25,7 @@ from mmengine.registry import (
     RUNNERS,
     init_default_scope,
 )
-from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 from slope_mm.convert import compressed_layers
@@ -33,6 +33,7 @@ from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.fit import check_fit
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
+from slope_mm.engine.storage import latest_checkpoint
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
 
 
@@ -115,17 +116,24 @@ def use_auto_scale_lr(config: Config) -> None:
 def use_resume(config: Config, resume: str | None) -> None:
     """``--resume [auto|PATH]``: continues a run.
 
-    ``auto`` takes the newest checkpoint of the work directory; where there is none yet, training
-    starts as it would without the flag.
+    ``auto`` takes the newest complete checkpoint of the work directory; where there is none yet,
+    training starts as it would without the flag.
     """
     if resume is None:
         return
     if resume != 'auto':
         config.resume, config.load_from = True, resume
         return
-    latest = find_latest_checkpoint(config.work_dir) if os.path.isdir(config.work_dir) else None
+    latest = latest_checkpoint(config.work_dir, _checkpoint_folder(config))
     if latest is not None:
         config.resume, config.load_from = True, latest
+
+
+def _checkpoint_folder(config: Config) -> str:
+    hook = (config.get('default_hooks') or {}).get('checkpoint') or {}
+    if hook.get('out_dir') is None:
+        return str(config.work_dir)
+    return os.path.join(hook['out_dir'], os.path.basename(config.work_dir.rstrip(os.sep)))
 
 
 def use_launcher(config: Config, launcher: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -39,6 +39,14 @@ def check_step_limit(limit: float) -> float:
     return float(limit)
 
 
+class Guard(Protocol):
+    """Says whether a loss and gradients may be used; may raise instead."""
+
+    def admits_loss(self, loss: Tensor) -> bool: ...
+
+    def admits_gradients(self) -> bool: ...
+
+
 class RegularizedOptimWrapper(OptimWrapper):
     """Mixin of an optim wrapper that adds ``weight * L_reg`` to each loss.
 
@@ -49,11 +57,14 @@ class RegularizedOptimWrapper(OptimWrapper):
         regularizer: What is added.
         step_limit: Largest relative change of a quantization step in one update.
         last_regularization: ``weight * L_reg`` of the latest step, detached; None before it.
+        guard: Who is asked whether a loss and its gradients may be used (SlopeFiniteHook).
     """
 
     regularizer: Regularizer
     step_limit: float = STEP_LIMIT
     last_regularization: Tensor | None = None
+    guard: Guard | None = None
+    _dropped: bool = False
 
     def __init__(
         self,
@@ -117,7 +128,33 @@ class RegularizedOptimWrapper(OptimWrapper):
         if regularization is not None:
             self.last_regularization = regularization.detach()
             loss = loss + regularization
+        if self.guard is not None and not self.guard.admits_loss(loss):
+            self._drop_update(zero_kwargs)
+            return
         super().update_params(loss, step_kwargs, zero_kwargs)
+
+    def _drop_update(self, zero_kwargs: dict | None) -> None:
+        """Passes over a loss, and with it over the update that it would have been part of.
+
+        Of an accumulated update nothing is left over: DDP exchanges gradients in the backward pass
+        of its last loss, which may be the one that is missing.
+        """
+        self._dropped = True
+        self._inner_count += 1
+        if self.should_update():
+            self._dropped = False
+            self.zero_grad(**(zero_kwargs or {}))
+
+    def _refused(self) -> bool:
+        """Whether the gradients at hand may not be used."""
+        dropped, self._dropped = self._dropped, False
+        if dropped or self.guard is None:
+            return dropped
+        scaler = getattr(self, 'loss_scaler', None)
+        if scaler is not None and scaler.is_enabled():
+            # Infinite gradients are how it finds its scale; it skips such updates by itself.
+            return False
+        return not self.guard.admits_gradients()
 
     def _end_step(self) -> None:
         for layer in self._layers:
@@ -131,6 +168,8 @@ class RegularizedOptimWrapper(OptimWrapper):
         Optimizers of Adam's kind move every parameter by about the learning rate, which is a fair
         share of a weight but may be many times an 8-bit step. The limit also keeps steps positive.
         """
+        if self._refused():
+            return
         steps = self._steps()
         before = [step.detach().clone() for step in steps]
         super().step(**kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slope_mm.analysis.metrics import LayerMetrics, layer_metrics, summary
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.audit import audit
 from slope_mm.engine.optim_wrapper import RegularizedOptimWrapper
+from slope_mm.engine.storage import WholeFileBackend
 from slope_mm.errors import ConfigError
 from slope_mm.ops import flip_rate
 
@@ -99,16 +101,18 @@ class SlopeMonitorHook(Hook):
             runner.message_hub.update_scalar(f'train/slope_{key}', value)
 
     def _append_csv(self, path: Path, runner: Any, rows: list[LayerMetrics]) -> None:
-        new = not path.exists()
-        with path.open('a', newline='') as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(['epoch', 'iter', *LayerMetrics.columns(), 'flip_rate'])
-            for row in rows:
-                flips = self._flips.get(row.name)
-                writer.writerow(
-                    [runner.epoch, runner.iter, *row.values(), '' if flips is None else flips]
-                )
+        # Written anew as a whole: a run that is killed meanwhile leaves no half row.
+        text = io.StringIO(path.read_bytes().decode() if path.exists() else '', newline='')
+        new = not text.seek(0, io.SEEK_END)
+        writer = csv.writer(text)
+        if new:
+            writer.writerow(['epoch', 'iter', *LayerMetrics.columns(), 'flip_rate'])
+        for row in rows:
+            flips = self._flips.get(row.name)
+            writer.writerow(
+                [runner.epoch, runner.iter, *row.values(), '' if flips is None else flips]
+            )
+        WholeFileBackend().put_text(text.getvalue(), path)
 
 
 def _plain(model: Any) -> nn.Module:
