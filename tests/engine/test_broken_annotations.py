@@ -17,7 +17,7 @@ from mmengine.registry import init_default_scope
 from slope_mm import DataError
 from slope_mm.datasets.shapes import ShapesPaths
 from slope_mm.engine import SlopeCalibrationHook
-from slope_mm.engine.hooks.calibration import _item
+from slope_mm.engine.calibration import _item
 
 Coco = dict[str, Any]
 
