@@ -16,8 +16,7 @@ from mmengine.registry import init_default_scope
 
 from slope_mm import DataError
 from slope_mm.datasets.shapes import ShapesPaths
-from slope_mm.engine import SlopeCalibrationHook
-from slope_mm.engine.calibration import _item
+from slope_mm.engine.calibration import _item, evenly_spread_batches
 
 Coco = dict[str, Any]
 
@@ -120,7 +119,7 @@ def test_annotations_that_leave_nothing(spoilt: Callable[..., Config]) -> None:
         dataset = ()
 
     with pytest.raises(DataError, match='the training data set is empty; check its annotation'):
-        next(SlopeCalibrationHook()._batches(Loader()))
+        next(evenly_spread_batches(Loader(), 1))
 
 
 def test_duplicate_ids_are_mmdets_affair(spoilt: Callable[..., Config], tmp_path: Path) -> None:
