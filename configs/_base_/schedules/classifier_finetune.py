@@ -1,5 +1,5 @@
 # Fine-tuning of a small classifier from its dense start: one schedule for all arms.
-max_epochs = 12
+max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -1,4 +1,4 @@
-# The tiny ResNet on hand signs, twelve epochs of SGD: a trial takes seconds.
+# The tiny ResNet on hand signs, eight epochs of SGD: a trial takes seconds.
 tasks = dict(
     sign_digits=dict(
         title='sign digits, ResNet 8-16-32',
