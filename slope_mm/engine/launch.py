@@ -247,7 +247,9 @@ def check_data(loader: Mapping[str, Any] | None, name: str) -> None:
     for dataset in _datasets((loader or {}).get('dataset')):
         root = str(dataset.get('data_root') or '')
         prefix = dataset.get('data_prefix') or {}
-        wanted = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else ())]
+        # mmpretrain writes one prefix as a string.
+        prefixes = prefix.values() if isinstance(prefix, Mapping) else (prefix,)
+        wanted = [dataset.get('ann_file'), *prefixes]
         for part in wanted:
             if not isinstance(part, str) or '://' in root + part:
                 continue
