@@ -10,10 +10,13 @@ from slope_mm.engine.calibration import calibrate
 from slope_mm.engine.checkpoint import install as install_checkpoint_loader
 from slope_mm.engine.hooks import (
     EpochSeedHook,
+    SlopeBatchNormHook,
     SlopeCalibrationHook,
+    SlopeDistillationHook,
     SlopeExportHook,
     SlopeMonitorHook,
     SlopeScheduleHook,
+    SlopeStepInitHook,
 )
 from slope_mm.engine.model import SlopeModel
 from slope_mm.engine.optim_wrapper import (
@@ -29,13 +32,16 @@ __all__ = [
     'EpochSeedHook',
     'RegularizedOptimWrapper',
     'SlopeAmpOptimWrapper',
+    'SlopeBatchNormHook',
     'SlopeCalibrationHook',
+    'SlopeDistillationHook',
     'SlopeExportHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',
     'SlopeOptimWrapperConstructor',
     'SlopeScheduleHook',
+    'SlopeStepInitHook',
     'calibrate',
     'install_checkpoint_loader',
     'load_packed',

@@ -49,11 +49,17 @@ class RegularizedOptimWrapper(OptimWrapper):
         regularizer: What is added.
         step_limit: Largest relative change of a quantization step in one update.
         last_regularization: ``weight * L_reg`` of the latest step, detached; None before it.
+        watch_gradients: Whether the next step measures ``gradient_ratio``, at the price of two
+            backward passes.
+        gradient_ratio: Norm of the regularizer's gradient over all latent weights, relative to that
+            of the task's loss, when it was last measured; None before.
     """
 
     regularizer: Regularizer
     step_limit: float = STEP_LIMIT
     last_regularization: Tensor | None = None
+    watch_gradients: bool = False
+    gradient_ratio: Tensor | None = None
 
     def __init__(
         self,
@@ -116,8 +122,20 @@ class RegularizedOptimWrapper(OptimWrapper):
             self._end_step()
         if regularization is not None:
             self.last_regularization = regularization.detach()
+            if self.watch_gradients:
+                self.gradient_ratio = self._gradient_norm(regularization) / self._gradient_norm(
+                    loss
+                )
             loss = loss + regularization
+        self.watch_gradients = False
         super().update_params(loss, step_kwargs, zero_kwargs)
+
+    def _gradient_norm(self, loss: Tensor) -> Tensor:
+        """Norm of a loss's gradient over the latent weights of this rank, without keeping it."""
+        weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        norms = [torch.linalg.vector_norm(g.float()) for g in grads if g is not None]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def _end_step(self) -> None:
         for layer in self._layers:

@@ -37,6 +37,7 @@ CURVES = {
     'cosine': 'slope_cosine_mean',
     'sqnr_db': 'slope_sqnr_db',
     'flip_rate': 'slope_flip_rate',
+    'gradient_ratio': 'slope_gradient_ratio',
     'loss': 'loss',
 }
 PACKED = 'model.slope'

@@ -51,7 +51,7 @@ class SlopeCalibrationHook(Hook):
             return
         modes = [(module, module.training) for module in model.modules()]
         model.train()
-        done = calibrate(model, self._batches(loader))
+        done = calibrate(model, spread_batches(loader, self.batches))
         for module, mode in modes:
             module.training = mode
         rest = uncalibrated_layers(model)
@@ -60,12 +60,19 @@ class SlopeCalibrationHook(Hook):
             + (f'; {len(rest)} saw no input yet: {", ".join(list(rest)[:5])}' if rest else '')
         )
 
-    def _batches(self, loader: Any) -> Iterator[Any]:
-        size = int(loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1))
-        rank, world = get_rank(), get_world_size()
-        wanted = self.batches * size * world
-        length = len(loader.dataset)
-        for batch in range(self.batches):
-            first = (batch * world + rank) * size
-            indices = [(first + i) * length // wanted % length for i in range(size)]
-            yield loader.collate_fn([loader.dataset[index] for index in indices])
+
+def spread_batches(loader: Any, count: int) -> Iterator[Any]:
+    """Batches of a dataloader's data set, evenly spread and different on every rank.
+
+    Args:
+        loader: A dataloader whose data set can be indexed.
+        count: Batches of this rank.
+    """
+    size = int(loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1))
+    rank, world = get_rank(), get_world_size()
+    wanted = count * size * world
+    length = len(loader.dataset)
+    for batch in range(count):
+        first = (batch * world + rank) * size
+        indices = [(first + i) * length // wanted % length for i in range(size)]
+        yield loader.collate_fn([loader.dataset[index] for index in indices])
