@@ -127,7 +127,7 @@ class Distillation:
             student.register_forward_pre_hook(self._begin, with_kwargs=True),
             student.register_forward_hook(self._finish, with_kwargs=True),
             *(
-                known[name].register_forward_hook(self._mirror(name, own[name]))
+                known[name].register_forward_hook(self._mirror(name, own[name]), with_kwargs=True)
                 for name in mirrored
             ),
         ]
@@ -145,11 +145,13 @@ class Distillation:
         self._twins, self._outputs = {}, {}
 
     def _mirror(self, name: str, module: nn.Module) -> Callable[..., None]:
-        def run(student: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def run(
+            student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             if not self._active:
                 return
             with torch.no_grad():
-                mirrored = module(*self._translated(args, name))
+                mirrored = module(*self._translated(args, name), **self._translated(kwargs, name))
             self._outputs[name] = output, mirrored
             for s, t in zip(tensors_of(output), tensors_of(mirrored), strict=True):
                 self._twins[id(s)] = s, t
@@ -159,6 +161,8 @@ class Distillation:
     def _translated(self, value: Any, name: str) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(self._translated(one, name) for one in value)
+        if isinstance(value, dict):
+            return {key: self._translated(one, name) for key, one in value.items()}
         if not isinstance(value, Tensor):
             return value
         if id(value) in self._twins:

@@ -7,6 +7,7 @@ mistakes that can be found are found before that.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import sys
 import tempfile
@@ -195,11 +196,31 @@ def build_model(config: Config) -> nn.Module:
     Raises:
         SlopeError: If the model section or its recipe is invalid.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    scope = config.get('default_scope', 'mmdet')
+    check_scope(scope)
+    init_default_scope(scope)
     if 'type' not in config.get('model', {}):
         raise ConfigError("the config has no model with a 'type'; inherit from a detector's config")
     # Stock detectors write into the config that they are built from.
     return MODELS.build(copy.deepcopy(config.model))
+
+
+def check_scope(scope: str) -> None:
+    """Imports the package that a config takes its types from.
+
+    Raises:
+        ConfigError: If it is missing or cannot be imported.
+    """
+    if scope == MODELS.scope or scope in MODELS.children:
+        return
+    try:
+        importlib.import_module(scope)
+    except (ImportError, RuntimeError) as error:
+        # RuntimeError: a torchvision that was built for another torch (docs/classification.md).
+        raise ConfigError(
+            f"the config's default_scope is '{scope}', and this package cannot be imported:"
+            f' {str(error).splitlines()[0]}; install it, or mend what it needs'
+        ) from None
 
 
 def check_optim_wrapper(settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 
 import slope_mm
+from slope_mm.engine.launch import build_model
 from slope_mm.errors import ConfigError, DataError
 
 CONFIGS = tiny.ROOT / 'configs' / 'classification'
@@ -122,6 +123,12 @@ def test_the_prediction_layer_keeps_eight_bits(images: Path, tmp_path: Path) -> 
     assert layers['backbone.conv1'].slope_spec.bits == 8
     inner = [layer.slope_spec for name, layer in layers.items() if '.layer' in name]
     assert {(spec.pattern.name, spec.bits) for spec in inner} == {('2:4', 2)}
+
+
+def test_a_package_that_is_not_there_is_named(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, tmp_path, default_scope='mmnowhere')
+    with pytest.raises(ConfigError, match="'mmnowhere'.*cannot be imported.*install it"):
+        build_model(config)
 
 
 # --- accuracy ------------------------------------------------------------------------------------
