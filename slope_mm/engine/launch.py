@@ -211,11 +211,12 @@ def check_scope(scope: str) -> None:
     Raises:
         ConfigError: If it is missing or cannot be imported.
     """
-    if scope == MODELS.scope or scope in MODELS.children:
-        return
     try:
         importlib.import_module(scope)
     except (ImportError, RuntimeError) as error:
+        if getattr(error, 'name', None) == scope and scope in MODELS.children:
+            # A project's own registry, which is no package of that name.
+            return
         # RuntimeError: a torchvision that was built for another torch (docs/classification.md).
         raise ConfigError(
             f"the config's default_scope is '{scope}', and this package cannot be imported:"
