@@ -211,17 +211,20 @@ def check_scope(scope: str) -> None:
     Raises:
         ConfigError: If it is missing or cannot be imported.
     """
-    try:
-        importlib.import_module(scope)
-    except (ImportError, RuntimeError) as error:
-        if getattr(error, 'name', None) == scope and scope in MODELS.children:
-            # A project's own registry, which is no package of that name.
-            return
-        # RuntimeError: a torchvision that was built for another torch (docs/classification.md).
-        raise ConfigError(
-            f"the config's default_scope is '{scope}', and this package cannot be imported:"
-            f' {str(error).splitlines()[0]}; install it, or mend what it needs'
-        ) from None
+    # mmpretrain meets torchvision in its models alone.
+    for name in (scope, f'{scope}.models'):
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:
+            own = name != scope or scope in MODELS.children
+            if own and getattr(error, 'name', None) == name:
+                # A project's own registry, or a package without such a part.
+                continue
+            # RuntimeError: a torchvision built for another torch (docs/classification.md).
+            raise ConfigError(
+                f"the config's default_scope is '{scope}', and this package cannot be imported:"
+                f' {str(error).splitlines()[0]}; install it, or mend what it needs'
+            ) from None
 
 
 def check_optim_wrapper(settings: Mapping[str, Any]) -> None:
