@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,11 @@ def check_step_limit(limit: float) -> float:
     if not 0 < float(limit) < 1:
         raise ConfigError(f'optim_wrapper.step_limit={limit} is not a share between 0 and 1')
     return float(limit)
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    norms = [torch.linalg.vector_norm(x.float()) for x in tensors if x is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class RegularizedOptimWrapper(OptimWrapper):
@@ -130,12 +135,21 @@ class RegularizedOptimWrapper(OptimWrapper):
         self.watch_gradients = False
         super().update_params(loss, step_kwargs, zero_kwargs)
 
-    def _gradient_norm(self, loss: Tensor) -> Tensor:
-        """Norm of a loss's gradient over the latent weights of this rank, without keeping it."""
-        weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
-        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-        norms = [torch.linalg.vector_norm(g.float()) for g in grads if g is not None]
-        return torch.linalg.vector_norm(torch.stack(norms))
+    def _ratio(self, regularization: Tensor, loss: Tensor) -> Tensor:
+        """Ratio of both gradients' norms over what the regularizer pulls at, on this rank.
+
+        Steps are left out, and no gradient is kept.
+        """
+        assert self._model is not None
+        weights = [
+            p
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and not name.rsplit('.', 1)[-1].startswith('slope_')
+        ]
+        pulls = torch.autograd.grad(regularization, weights, retain_graph=True, allow_unused=True)
+        pulled = [w for w, pull in zip(weights, pulls, strict=True) if pull is not None]
+        tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
+        return _norm(pulls) / _norm(tasks)
 
     def _end_step(self) -> None:
         for layer in self._layers:
