@@ -128,9 +128,7 @@ class RegularizedOptimWrapper(OptimWrapper):
         if regularization is not None:
             self.last_regularization = regularization.detach()
             if self.watch_gradients:
-                self.gradient_ratio = self._gradient_norm(regularization) / self._gradient_norm(
-                    loss
-                )
+                self.gradient_ratio = self._ratio(regularization, loss)
             loss = loss + regularization
         self.watch_gradients = False
         super().update_params(loss, step_kwargs, zero_kwargs)
