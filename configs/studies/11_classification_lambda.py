@@ -1,5 +1,4 @@
-# Study 11: lambda on the classifier, for study 10. Its seeds and its dense start are not those of
-# study 10, which takes lambda from here.
+# Study 11: lambda on the classifier of study 10, with other seeds and another dense start.
 _base_ = '../_base_/studies/sign_digits.py'
 title = 'Lambda on the classifier, SGD'
 seeds = [0, 1, 2]
