@@ -1,6 +1,6 @@
 # Study 10: fp32, naive, L2 and SLOPE on a classifier, where the compression is mild and where it is
-# not. Lambda is 3 for both regularizers, fixed before these seeds ran; study 11, with other seeds and
-# another dense start, shows how little that choice is worth between 0.03 and 3.
+# not. Lambda is 3 for both regularizers, fixed before these seeds ran; study 11 sweeps it, with
+# other seeds and another dense start.
 _base_ = '../_base_/studies/sign_digits.py'
 title = 'Classification: naive, L2 and SLOPE'
 seeds = [3, 4, 5, 6, 7]
