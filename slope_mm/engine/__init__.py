@@ -10,12 +10,15 @@ from slope_mm.engine.calibration import calibrate
 from slope_mm.engine.checkpoint import install as install_checkpoint_loader
 from slope_mm.engine.hooks import (
     EpochSeedHook,
+    SlopeBatchNormHook,
     SlopeCalibrationHook,
     SlopeCheckpointHook,
+    SlopeDistillationHook,
     SlopeExportHook,
     SlopeFiniteHook,
     SlopeMonitorHook,
     SlopeScheduleHook,
+    SlopeStepInitHook,
 )
 from slope_mm.engine.model import SlopeModel
 from slope_mm.engine.optim_wrapper import (
@@ -32,8 +35,10 @@ __all__ = [
     'EpochSeedHook',
     'RegularizedOptimWrapper',
     'SlopeAmpOptimWrapper',
+    'SlopeBatchNormHook',
     'SlopeCalibrationHook',
     'SlopeCheckpointHook',
+    'SlopeDistillationHook',
     'SlopeExportHook',
     'SlopeFiniteHook',
     'SlopeModel',
@@ -41,6 +46,7 @@ __all__ = [
     'SlopeOptimWrapper',
     'SlopeOptimWrapperConstructor',
     'SlopeScheduleHook',
+    'SlopeStepInitHook',
     'calibrate',
     'install_checkpoint_loader',
     'install_file_backend',

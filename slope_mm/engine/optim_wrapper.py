@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -47,6 +47,11 @@ class Guard(Protocol):
     def admits_gradients(self) -> bool: ...
 
 
+def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    norms = [torch.linalg.vector_norm(x.float()) for x in tensors if x is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 class RegularizedOptimWrapper(OptimWrapper):
     """Mixin of an optim wrapper that adds ``weight * L_reg`` to each loss.
 
@@ -58,6 +63,10 @@ class RegularizedOptimWrapper(OptimWrapper):
         step_limit: Largest relative change of a quantization step in one update.
         last_regularization: ``weight * L_reg`` of the latest step, detached; None before it.
         guard: Who is asked whether a loss and its gradients may be used (SlopeFiniteHook).
+        watch_gradients: Whether the next step measures ``gradient_ratio``, at the price of two
+            backward passes.
+        gradient_ratio: Norm of the regularizer's gradient over all latent weights, relative to that
+            of the task's loss, when it was last measured; None before.
     """
 
     regularizer: Regularizer
@@ -65,6 +74,8 @@ class RegularizedOptimWrapper(OptimWrapper):
     last_regularization: Tensor | None = None
     guard: Guard | None = None
     _dropped: bool = False
+    watch_gradients: bool = False
+    gradient_ratio: Tensor | None = None
 
     def __init__(
         self,
@@ -127,7 +138,10 @@ class RegularizedOptimWrapper(OptimWrapper):
             self._end_step()
         if regularization is not None:
             self.last_regularization = regularization.detach()
+            if self.watch_gradients:
+                self.gradient_ratio = self._ratio(regularization, loss)
             loss = loss + regularization
+        self.watch_gradients = False
         if self.guard is not None and not self.guard.admits_loss(loss):
             self._drop_update(zero_kwargs)
             return
@@ -155,6 +169,22 @@ class RegularizedOptimWrapper(OptimWrapper):
             # Infinite gradients are how it finds its scale; it skips such updates by itself.
             return False
         return not self.guard.admits_gradients()
+
+    def _ratio(self, regularization: Tensor, loss: Tensor) -> Tensor:
+        """Ratio of both gradients' norms over what the regularizer pulls at, on this rank.
+
+        Steps are left out, and no gradient is kept.
+        """
+        assert self._model is not None
+        weights = [
+            p
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and not name.rsplit('.', 1)[-1].startswith('slope_')
+        ]
+        pulls = torch.autograd.grad(regularization, weights, retain_graph=True, allow_unused=True)
+        pulled = [w for w, pull in zip(weights, pulls, strict=True) if pull is not None]
+        tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
+        return _norm(pulls) / _norm(tasks)
 
     def _end_step(self) -> None:
         for layer in self._layers:

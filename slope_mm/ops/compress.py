@@ -26,6 +26,7 @@ GRADIENTS = {
     'ste': 'identity through the mask: pruned weights learn and can come back',
     'sr_ste': 'ste plus a decay of the pruned weights (arXiv 2102.04010)',
     'masked': 'no gradient to pruned weights',
+    'soft': 'through a sigmoid around the threshold of each N:M group (arXiv 2003.00075)',
 }
 # The decay that the SR-STE paper found best for ResNets.
 SR_STE_DECAY = 2e-4
@@ -99,6 +100,7 @@ class _Compress(torch.autograd.Function):
                 s,
                 codes,
                 kept,
+                groups=groups,
                 gradient=gradient,
                 decay=decay,
                 wants_weight=ctx.needs_input_grad[0],
@@ -148,7 +150,8 @@ def compress_with_powers(
         mask: Bool of ``w``'s shape, True where kept, in place of a pattern; None for dense.
         axes: Output and input channel axis of ``w``.
         grad_scale: Scale of the step's gradient.
-        gradient: ``'ste'``, ``'sr_ste'`` or ``'masked'``.
+        gradient: Name in :data:`GRADIENTS`. ``'soft'`` needs a pattern; a mask that is given is a
+            constant, and passes gradients as ``'masked'`` does.
         decay: SR-STE's decay of pruned weights; the gradient to a pruned weight gains
             ``decay * w``.
         sums: Whether the sums are wanted.
@@ -208,7 +211,8 @@ def compress_weight(
         mask: Bool of ``w``'s shape, True where kept; None for dense.
         codes: Code set; None without quantization.
         grad_scale: Scale of the step's gradient.
-        gradient: ``'ste'``, ``'sr_ste'`` or ``'masked'``.
+        gradient: Name in :data:`GRADIENTS`; ``'soft'`` passes as ``'masked'`` does, as the mask is
+            given.
         decay: SR-STE's decay of pruned weights; the gradient to a pruned weight gains
             ``decay * w``.
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from slope_mm.ops.quantization import Codes
 from slope_mm.ops.weight_pass import Groups
 
+# A soft mask's gradient needs whole groups at once.
+TRITON_GRADIENTS = ('ste', 'sr_ste', 'masked')
+
 _enabled = False
 
 
@@ -63,7 +66,7 @@ def weight_kernels(
     """
     if not _enabled or torch.compiler.is_compiling():
         return None
-    if _triton_runs(w):
+    if _triton_runs(w) and gradient in TRITON_GRADIENTS:
         from slope_mm.ops import triton_pass
 
         return triton_pass

@@ -38,19 +38,30 @@ class SlopeMonitorHook(Hook):
     Args:
         interval (int): Iterations between two looks. Defaults to 50.
         picture (bool): Draw ``slope_layers.png``. Defaults to True.
+        gradients (bool): At every look, also the norm of the regularizer's gradient relative to the
+            task's, over all latent weights (``slope_gradient_ratio``); costs two backward passes
+            more there. Defaults to False.
     """
 
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 50, picture: bool = True) -> None:
+    def __init__(self, interval: int = 50, picture: bool = True, gradients: bool = False) -> None:
         if not isinstance(interval, int) or interval < 1:
             raise ConfigError(
                 f'SlopeMonitorHook interval={interval!r} is not a number of iterations >= 1'
             )
-        self.interval, self.picture = interval, picture
+        self.interval, self.picture, self.gradients = interval, picture, gradients
         self._masks: dict[str, Tensor] = {}
         self._flips: dict[str, float] = {}
         self._audited = False
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Asks for the gradients' ratio where a look will follow."""
+        wrapper = runner.optim_wrapper
+        if self.gradients and isinstance(wrapper, RegularizedOptimWrapper):
+            wrapper.watch_gradients = not self._audited or self.every_n_train_iters(
+                runner, self.interval
+            )
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -95,6 +106,9 @@ class SlopeMonitorHook(Hook):
                     self._flips[name] = float(flip_rate(self._masks[name], mask))
                 self._masks[name] = mask.clone()
         figures = summary(rows)
+        ratio = getattr(runner.optim_wrapper, 'gradient_ratio', None)
+        if self.gradients and ratio is not None:
+            figures['gradient_ratio'] = float(ratio)
         if self._flips:
             figures['flip_rate'] = sum(self._flips.values()) / len(self._flips)
         for key, value in figures.items():
