@@ -31,6 +31,7 @@ from torch import nn
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.fit import check_fit
+from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
@@ -82,20 +83,14 @@ def set_work_dir(config: Config, path: str, work_dir: str | None) -> None:
 
 
 def use_amp(config: Config) -> None:
-    """``--amp``: mmengine's mixed precision; the regularizer stays in fp32.
-
-    Raises:
-        ConfigError: Without a GPU (mmengine's AMP wrapper needs one).
-    """
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            '--amp needs a GPU: mmengine trains in mixed precision only there; leave the flag out'
-        )
+    """``--amp``: mixed precision, bf16 where there is no GPU; the regularizer stays in fp32."""
     kind = str(config.optim_wrapper.get('type', 'OptimWrapper'))
     if kind.rsplit('.', 1)[-1].startswith('Slope'):
         config.optim_wrapper.type = 'slope_mm.SlopeAmpOptimWrapper'
-    else:
+    elif has_accelerator():
         config.optim_wrapper.type = 'AmpOptimWrapper'
+    else:
+        config.optim_wrapper.type = 'slope_mm.MixedPrecisionOptimWrapper'
     config.optim_wrapper.loss_scale = 'dynamic'
 
 

@@ -12,6 +12,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
+from slope_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.layers import CompressedLayer
@@ -161,8 +162,11 @@ class SlopeOptimWrapper(RegularizedOptimWrapper):
 
 
 @OPTIM_WRAPPERS.register_module()
-class SlopeAmpOptimWrapper(RegularizedOptimWrapper, AmpOptimWrapper):
-    """``AmpOptimWrapper`` with a ``regularizer``; the regularizer itself is computed in fp32."""
+class SlopeAmpOptimWrapper(RegularizedOptimWrapper, MixedPrecisionOptimWrapper):
+    """``AmpOptimWrapper`` with a ``regularizer``; the regularizer itself is computed in fp32.
+
+    Without an accelerator it trains in bf16 (:class:`MixedPrecisionOptimWrapper`).
+    """
 
 
 _REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
@@ -213,6 +217,9 @@ class SlopeOptimWrapperConstructor:
         if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
             # Named beside the constructor: it asks for a regularizer itself.
             cfg['regularizer'] = given
+        elif kind is AmpOptimWrapper:
+            # mmengine's own, which its --amp flag writes, cannot be built without an accelerator.
+            cfg.update(type=SlopeAmpOptimWrapper, regularizer=given)
         compiled_pass.use_compiled(bool(cfg.pop('compile', False)))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
