@@ -204,6 +204,8 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
         return Rule(match, weight, activation, reason=reason)
 
     return (
+        # Of mmdet's semi-supervised detectors: an average of the student's latent weights.
+        Rule('teacher', compress=False, reason='teacher'),
         edge('in:3', 'stem'),
         edge('re:' + STEM, 'stem'),
         edge('re:' + PREDICTION, 'prediction layer'),

@@ -12,6 +12,7 @@ from slope_mm.engine.hooks import (
     EpochSeedHook,
     SlopeCalibrationHook,
     SlopeExportHook,
+    SlopeMeanTeacherHook,
     SlopeMonitorHook,
     SlopeScheduleHook,
 )
@@ -31,6 +32,7 @@ __all__ = [
     'SlopeAmpOptimWrapper',
     'SlopeCalibrationHook',
     'SlopeExportHook',
+    'SlopeMeanTeacherHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',

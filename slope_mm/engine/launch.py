@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import (
@@ -34,6 +33,7 @@ from slope_mm.engine.fit import check_fit
 from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
+from slope_mm.engine.refusals import check_ways
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
 
 
@@ -123,26 +123,6 @@ def use_resume(config: Config, resume: str | None) -> None:
         config.resume, config.load_from = True, latest
 
 
-def use_launcher(config: Config, launcher: str) -> None:
-    """``--launcher``: several processes, also on machines without a GPU.
-
-    mmengine's own pytorch launcher sets a CUDA device and gives DDP one. Without CUDA the processes
-    talk by gloo instead, and DDP gets none.
-    """
-    config.launcher = launcher
-    if launcher != 'pytorch' or torch.cuda.is_available():
-        return
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('gloo')
-    wrapper = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=config.get('find_unused_parameters', False),
-    )
-    config.model_wrapper_cfg = config.get('model_wrapper_cfg') or wrapper
-
-
 def build_runner(config: Config) -> Runner:
     """Builds the runner that the config asks for."""
     if 'runner_type' in config:
@@ -161,6 +141,7 @@ def check_before_training(config: Config) -> None:
     for loader in ('train_dataloader', 'val_dataloader'):
         check_data(config.get(loader), loader)
     model = build_model(config)
+    check_ways(config, model)
     if compressed_layers(model):
         check_optim_wrapper(config.get('optim_wrapper', {}))
     if config.get('load_from'):

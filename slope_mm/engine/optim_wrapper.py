@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +14,12 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
+from slope_mm.engine.calibration import FirstBatchCalibration
 from slope_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
+from slope_mm.engine.refusals import check_wrapped
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
-from slope_mm.layers import CompressedLayer
+from slope_mm.layers import LAYER_KINDS, CompressedLayer
 from slope_mm.ops import compiled_pass
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
@@ -82,16 +86,9 @@ class RegularizedOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Learns the layers from the model and opens the step's sharing scope."""
-        module = getattr(model, 'module', model)
-        if module is not self._model:
-            self._model = module
-            self._layers = list(compressed_layers(module).values())
-        factor = self._loss_factor()
-        sums = self.regularizer.gradient == 'exact' and self.regularizer.active
-        for layer in self._layers:
-            layer.begin_sharing(sums)
-            layer.runs, layer.loss_factor = 0, factor
-        module.slope_in_step = True
+        if 'torch._dynamo' in sys.modules:
+            _leave_uncompiled()
+        self._begin_step(getattr(model, 'module', model))
         try:
             with super().optim_context(model):
                 yield
@@ -119,6 +116,18 @@ class RegularizedOptimWrapper(OptimWrapper):
             self.last_regularization = regularization.detach()
             loss = loss + regularization
         super().update_params(loss, step_kwargs, zero_kwargs)
+
+    def _begin_step(self, module: nn.Module) -> None:
+        if module is not self._model:
+            check_wrapped(module)
+            self._model = module
+            self._layers = list(compressed_layers(module).values())
+        factor = self._loss_factor()
+        sums = self.regularizer.gradient == 'exact' and self.regularizer.active
+        for layer in self._layers:
+            layer.begin_sharing(sums)
+            layer.runs, layer.loss_factor = 0, factor
+        module.slope_in_step = True  # type: ignore[assignment]
 
     def _end_step(self) -> None:
         for layer in self._layers:
@@ -154,6 +163,22 @@ class RegularizedOptimWrapper(OptimWrapper):
             for name in ('slope_step', 'slope_act_step')
         ]
         return [step for step in found if step is not None]
+
+
+@functools.cache
+def _leave_uncompiled() -> None:
+    """Has torch.compile of a train step leave out what is SLOPE's.
+
+    Layers look at values (is W finite, is the input calibrated), share one compressed weight a step
+    and have gradients of their own, all of which breaks or falls apart when it is traced. Done when
+    a step begins and the compiler is there, as the decorator would import the whole of it.
+    """
+    for owner in {*LAYER_KINDS.values()}:
+        owner.forward = torch.compiler.disable(owner.forward)
+    FirstBatchCalibration.__call__ = torch.compiler.disable(FirstBatchCalibration.__call__)  # type: ignore[method-assign]
+    for name in ('_begin_step', 'update_params'):
+        whole = torch.compiler.disable(getattr(RegularizedOptimWrapper, name))
+        setattr(RegularizedOptimWrapper, name, whole)
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -234,7 +259,12 @@ class SlopeOptimWrapperConstructor:
         )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the wrapper for a (possibly DDP-wrapped) model."""
+        """Builds the wrapper for a (possibly DDP-wrapped) model.
+
+        Raises:
+            ConfigError: If the constructor builds several wrappers, or the model is sharded.
+        """
+        check_wrapped(model)
         wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)(model)
         if not isinstance(wrapper, OptimWrapper):
             raise ConfigError(

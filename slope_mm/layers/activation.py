@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
 from slope_mm.ops.learned_step import QuantizeLSQ
@@ -134,6 +136,14 @@ def _one_of_several_processes() -> bool:
     )
 
 
+def _refuse_tracing(x: Any) -> None:
+    if isinstance(x, torch.fx.Proxy):
+        raise SlopeError(
+            'a compressed layer looks at values, so torch.fx cannot trace it; where that was'
+            " mmengine's efficient_conv_bn_eval, remove it from the config"
+        )
+
+
 class QuantizedInput(nn.Module):
     """The part of a compressed layer that quantizes its input.
 
@@ -201,6 +211,7 @@ class QuantizedInput(nn.Module):
         evaluation, and where several processes train (each has another input), it passes the input
         through.
         """
+        _refuse_tracing(x)
         # Activation checkpointing runs a training forward without gradients first.
         if self.training or torch.is_grad_enabled():
             self.runs += 1

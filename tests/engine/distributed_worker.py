@@ -16,6 +16,7 @@ import torch
 from mmengine.dist import get_rank
 
 from slope_mm.engine import launch
+from slope_mm.engine.launchers import use_launcher
 
 
 class Snapshot(tiny.Observer):
@@ -33,7 +34,7 @@ def main(out: str, *configs: str) -> None:
     torch.set_num_threads(1)
     for path in configs:
         config = launch.read_config(path)
-        launch.use_launcher(config, 'pytorch')
+        use_launcher(config, 'pytorch')
         runner = launch.build_runner(config)
         snapshot = Snapshot()
         runner.register_hook(snapshot)
