@@ -167,8 +167,14 @@ class Recipe:
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """The default rules, then the user's."""
-        return (*default_rules(self), *self.rules)
+        """The default rules, then the user's, then that a teacher is left alone.
+
+        The teacher of mmdet's semi-supervised detectors has the student's layers under names of its
+        own. It stays dense whatever rules say, unless one of them names it.
+        """
+        named = any('teacher' in rule.match for rule in self.rules)
+        teacher = Rule('teacher', compress=False, reason='teacher')
+        return (*default_rules(self), *self.rules, *(() if named else (teacher,)))
 
     def spec(self, rule: Rule | None) -> LayerSpec | None:
         """What a layer gets whose last matching rule is ``rule``; None if it is left alone."""
@@ -204,8 +210,6 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
         return Rule(match, weight, activation, reason=reason)
 
     return (
-        # Of mmdet's semi-supervised detectors: an average of the student's latent weights.
-        Rule('teacher', compress=False, reason='teacher'),
         edge('in:3', 'stem'),
         edge('re:' + STEM, 'stem'),
         edge('re:' + PREDICTION, 'prediction layer'),

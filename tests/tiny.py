@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.config import config as config_module
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
@@ -29,6 +30,19 @@ SLOPE = 'mask_rcnn_r18_shapes_slope_w4a4'
 TOY_RECIPE = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))
 
 _numbers = itertools.count()
+
+# A run prints its config six times, and laying it out takes as long as the training: once will do.
+_layouts: dict[str, Any] = {}
+_lay_out = config_module.FormatCode
+
+
+def _laid_out_once(text: str, **style: Any) -> Any:
+    if text not in _layouts:
+        _layouts[text] = _lay_out(text, **style)
+    return _layouts[text]
+
+
+config_module.FormatCode = _laid_out_once
 
 
 def tiny_config(

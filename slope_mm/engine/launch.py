@@ -87,7 +87,8 @@ def use_amp(config: Config) -> None:
     kind = str(config.optim_wrapper.get('type', 'OptimWrapper'))
     if kind.rsplit('.', 1)[-1].startswith('Slope'):
         config.optim_wrapper.type = 'slope_mm.SlopeAmpOptimWrapper'
-    elif has_accelerator():
+    elif has_accelerator() or 'regularizer' in config.optim_wrapper:
+        # SLOPE's constructor makes it one that also works without a GPU.
         config.optim_wrapper.type = 'AmpOptimWrapper'
     else:
         config.optim_wrapper.type = 'slope_mm.MixedPrecisionOptimWrapper'
@@ -266,7 +267,17 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     state = loaded.get('state_dict', loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"'{path}' holds no state dict; give a checkpoint of a detector")
-    check_fit(model, state, complete=complete)
+    check_fit(model, _for_student_and_teacher(model, state), complete=complete)
+
+
+def _for_student_and_teacher(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As mmdet's semi-supervised detectors load a plain detector: into both of theirs."""
+    parts = ('student', 'teacher')
+    if not all(isinstance(getattr(model, part, None), nn.Module) for part in parts):
+        return state
+    if any(part in key for key in state for part in parts):
+        return state
+    return {f'{part}.{key}': value for key, value in state.items() for part in parts}
 
 
 def load_weights(model: nn.Module, path: str) -> dict[str, Any]:

@@ -197,6 +197,7 @@ class SlopeAmpOptimWrapper(RegularizedOptimWrapper, MixedPrecisionOptimWrapper):
 _REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
     OptimWrapper: SlopeOptimWrapper,
     AmpOptimWrapper: SlopeAmpOptimWrapper,
+    MixedPrecisionOptimWrapper: SlopeAmpOptimWrapper,
 }
 
 

@@ -132,7 +132,9 @@ def check_teacher(hooks: Any, model: nn.Module) -> None:
     names = [[name for name, _ in part.named_parameters()] for part in (student, teacher)]
     for hook in hooks:
         kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
-        kind = HOOKS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, str):
+            with HOOKS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(kind)
         if kind is MeanTeacherHook and names[0] != names[1]:
             raise ConfigError(
                 'custom_hooks: MeanTeacherHook pairs parameters by their order, but the compressed'

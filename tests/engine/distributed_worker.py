@@ -1,6 +1,7 @@
 """One of several processes of tests/engine/test_distributed.py: trains configs, saves what it saw.
 
 Usage: python -m torch.distributed.run ... distributed_worker.py OUT CONFIG...
+Each config names its launcher.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(out: str, *configs: str) -> None:
     torch.set_num_threads(1)
     for path in configs:
         config = launch.read_config(path)
-        use_launcher(config, 'pytorch')
+        use_launcher(config, config.launcher)
         runner = launch.build_runner(config)
         snapshot = Snapshot()
         runner.register_hook(snapshot)
@@ -43,8 +44,12 @@ def main(out: str, *configs: str) -> None:
             'wrapper': type(runner.model).__name__,
             'first': snapshot.first,
             'last': tiny.state_of(runner.model.module),
+            'masks': tiny.masks_of(runner.model.module),
         }
         torch.save(seen, Path(out) / f'{Path(path).stem}_rank{get_rank()}.pt')
+        if config.launcher != 'pytorch':
+            # The next one makes a group of its own.
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
