@@ -182,7 +182,8 @@ def clone(tmp_path: Path) -> Path:
     """A fresh clone, as far as the set-up looks at it before it begins."""
     folder = tmp_path / 'clone'
     (folder / 'tools').mkdir(parents=True)
-    for name in ('Makefile', 'requirements.txt', 'setup.cfg', 'tools/setup_env.py'):
+    files = ('Makefile', 'requirements.txt', 'requirements-onedl.txt', 'setup.cfg')
+    for name in (*files, 'tools/setup_env.py'):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -217,7 +218,7 @@ def base_python() -> str:
     return str(Path(sys.base_prefix, 'bin', 'python{}.{}'.format(*sys.version_info)))
 
 
-@pytest.mark.parametrize('target', ['setup', 'demo', 'test'])
+@pytest.mark.parametrize('target', ['setup', 'demo', 'test', 'test-onedl', 'test-oldest'])
 def test_missing_compiler_is_named_in_the_first_line(target: str, clone: Path) -> None:
     result = make(clone, target, programs={'python3': base_python()})
     assert result.returncode != 0
@@ -225,7 +226,7 @@ def test_missing_compiler_is_named_in_the_first_line(target: str, clone: Path) -
         'slope_mm needs a C++ compiler: install g++ (Debian: apt-get install g++)'
         ' and run make again'
     )
-    assert not (clone / '.venv').exists()
+    assert not list(clone.glob('.venv*'))
 
 
 def test_missing_python_is_named_in_the_first_line(clone: Path) -> None:
@@ -305,3 +306,35 @@ def test_torch_of_numpy_1_times_keeps_numpy_1(clone: Path) -> None:
 
 def test_versions_named_in_messages_are_those_of_the_requirements(clone: Path) -> None:
     assert set(environment.OPENMMLAB.values()) <= set(load_setup(clone).requirements())
+
+
+@pytest.mark.parametrize(
+    ('stack', 'folder', 'mmcv', 'torch'),
+    [
+        ('', '.venv', 'mmcv==', 'torch==2.13.0'),
+        ('onedl', '.venv-onedl', 'onedl-mmcv==', 'torch==2.13.0'),
+        ('oldest', '.venv-oldest', 'mmcv==', 'torch==2.1.*'),
+    ],
+)
+def test_each_stack_has_an_environment_of_its_own(
+    stack: str, folder: str, mmcv: str, torch: str, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('SLOPE_STACK', stack)
+    setup = load_setup(clone)
+    assert clone / folder == setup.VENV
+    assert [line for line in setup.requirements() if line.startswith(mmcv)]
+    assert torch == setup.STACK.torch
+    # The oldest torch is the one that setup.cfg promises.
+    promised = 'torch>=2.1\n' in (clone / 'setup.cfg').read_text()
+    assert promised or stack != 'oldest'
+
+
+def test_an_unknown_stack_is_refused(clone: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, clone / 'tools' / 'setup_env.py'],
+        env={**os.environ, 'SLOPE_STACK': 'onedll'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == 'SLOPE_STACK=onedll is none of openmmlab, onedl, oldest\n'
