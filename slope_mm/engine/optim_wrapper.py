@@ -88,7 +88,7 @@ class RegularizedOptimWrapper(OptimWrapper):
         """Learns the layers from the model and opens the step's sharing scope."""
         if 'torch._dynamo' in sys.modules:
             _leave_uncompiled()
-        self._begin_step(getattr(model, 'module', model))
+        self._begin_step(model)
         try:
             with super().optim_context(model):
                 yield
@@ -117,9 +117,10 @@ class RegularizedOptimWrapper(OptimWrapper):
             loss = loss + regularization
         super().update_params(loss, step_kwargs, zero_kwargs)
 
-    def _begin_step(self, module: nn.Module) -> None:
+    def _begin_step(self, model: nn.Module) -> None:
+        module: nn.Module = getattr(model, 'module', model)
         if module is not self._model:
-            check_wrapped(module)
+            check_wrapped(model)
             self._model = module
             self._layers = list(compressed_layers(module).values())
         factor = self._loss_factor()

@@ -6,6 +6,7 @@ Each config names its launcher.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def main(out: str, *configs: str) -> None:
         }
         torch.save(seen, Path(out) / f'{Path(path).stem}_rank{get_rank()}.pt')
         if config.launcher != 'pytorch':
-            # The next one makes a group of its own.
+            # The next one makes a group of its own, elsewhere: a rank that is early would otherwise
+            # meet the last group's store.
             torch.distributed.destroy_process_group()
+            os.environ['MASTER_PORT'] = str(int(os.environ['MASTER_PORT']) + 1)
 
 
 if __name__ == '__main__':

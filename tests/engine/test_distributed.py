@@ -199,15 +199,13 @@ def test_slurm_and_mpi_start_the_same_processes(ranks: Seen, start: Path, tmp_pa
                 **{f'OMPI_COMM_WORLD_{key}': str(rank) for key in ('RANK', 'LOCAL_RANK')},
                 'OMPI_COMM_WORLD_SIZE': '2',
             },
-            stdout=subprocess.PIPE,
+            stdout=(tmp_path / f'output_{rank}').open('w'),
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(2)
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output[-6000:]
+    for rank, process in enumerate(processes):
+        assert process.wait(600) == 0, (tmp_path / f'output_{rank}').read_text()[-6000:]
     for launcher in ('slurm', 'mpi'):
         for rank, by_torchrun in enumerate(ranks['toy']):
             found = torch.load(tmp_path / f'{launcher}_rank{rank}.pt')
