@@ -20,6 +20,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from yapf.yapflib import yapf_api
 
 import slope_mm
 from slope_mm.datasets.shapes import ShapesPaths
@@ -33,16 +34,21 @@ _numbers = itertools.count()
 
 # A run prints its config six times, and laying it out takes as long as the training: once will do.
 _layouts: dict[str, Any] = {}
-_lay_out = config_module.FormatCode
 
 
-def _laid_out_once(text: str, **style: Any) -> Any:
-    if text not in _layouts:
-        _layouts[text] = _lay_out(text, **style)
-    return _layouts[text]
+def _lay_out_once(lay_out: Any) -> Any:
+    def laid_out(text: str, **style: Any) -> Any:
+        if text not in _layouts:
+            _layouts[text] = lay_out(text, **style)
+        return _layouts[text]
+
+    return laid_out
 
 
-config_module.FormatCode = _laid_out_once
+yapf_api.FormatCode = _lay_out_once(yapf_api.FormatCode)
+# The maintained fork asks yapf itself when it prints.
+if hasattr(config_module, 'FormatCode'):
+    config_module.FormatCode = yapf_api.FormatCode
 
 
 def tiny_config(
