@@ -13,6 +13,7 @@ from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
 from slope_mm.ops.learned_step import QuantizeLSQ
+from slope_mm.ops.tracing import is_compiling
 
 # Values kept per observed call and per layer: enough to place a clip range, small enough to hold
 # for every layer of a detector at once.
@@ -60,7 +61,7 @@ def kept_as_recipe(quantized: Tensor) -> AbstractContextManager[Any]:
         quantized: What :func:`quantize_activation` returned; anything else is left alone.
     """
     node = quantized.grad_fn
-    if type(node).__name__ != f'{QuantizeLSQ.__name__}Backward' or torch.compiler.is_compiling():
+    if type(node).__name__ != f'{QuantizeLSQ.__name__}Backward' or is_compiling():
         return nullcontext()
     storage = quantized.untyped_storage().data_ptr()
 

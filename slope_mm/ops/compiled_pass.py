@@ -22,6 +22,7 @@ from torch import Tensor
 
 from slope_mm.ops.quantization import Codes
 from slope_mm.ops.selection import kth_largest
+from slope_mm.ops.tracing import is_compiling
 
 # Beyond this the unrolled network spills registers: 2:16 is four times slower than the plain pass.
 LARGEST_GROUP = 8
@@ -65,7 +66,7 @@ def fits(
         and m <= LARGEST_GROUP
         and kernel in KERNELS
         and gradient == 'ste'
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
     )
 
 
