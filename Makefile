@@ -11,11 +11,13 @@ BIN := .venv/bin
 SETUP = $(PYTHON) tools/setup_env.py --torch '$(TORCH)' --jobs '$(MAX_JOBS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup clean python environment
+.PHONY: help demo test test-onedl test-oldest lint setup clean python environment
 
 help:
 	@echo "make demo    train, compress, evaluate and compare a small Mask R-CNN (results in work_dirs/demo)"
 	@echo "make test    lint and type checks, then the tests"
+	@echo "make test-onedl   the tests with the maintained forks (onedl-mm*), in .venv-onedl"
+	@echo "make test-oldest  the tests with the oldest torch that is promised, in .venv-oldest"
 	@echo "make lint    lint and type checks alone"
 	@echo "make setup   make .venv, or check and mend it (variables: PYTHON, TORCH, MAX_JOBS)"
 	@echo "make clean   remove caches and build files; .venv, data and work_dirs stay"
@@ -25,6 +27,10 @@ demo: environment
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-onedl test-oldest: test-%: python
+	@SLOPE_STACK=$* $(SETUP) --if-needed
+	.venv-$*/bin/python -m pytest
 
 lint: environment
 	$(BIN)/ruff check .

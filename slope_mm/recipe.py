@@ -178,8 +178,15 @@ class Recipe:
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """The default rules, then the user's."""
-        return (*default_rules(self), *self.rules)
+        """The default rules, the user's, and between them what keeps a teacher dense.
+
+        The teacher of mmdet's semi-supervised detectors has the student's layers under names of its
+        own. It is left alone but for rules that name it, which come last.
+        """
+        general = [rule for rule in self.rules if 'teacher' not in rule.match]
+        named = [rule for rule in self.rules if 'teacher' in rule.match]
+        teacher = Rule('teacher', compress=False, reason='teacher')
+        return (*default_rules(self), *general, teacher, *named)
 
     def spec(self, rule: Rule | None) -> LayerSpec | None:
         """What a layer gets whose last matching rule is ``rule``; None if it is left alone."""

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.config import config as config_module
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from yapf.yapflib import yapf_api
 
 import slope_mm
 from slope_mm.datasets.shapes import ShapesPaths
@@ -29,6 +31,24 @@ SLOPE = 'mask_rcnn_r18_shapes_slope_w4a4'
 TOY_RECIPE = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))
 
 _numbers = itertools.count()
+
+# A run prints its config six times, and laying it out takes as long as the training: once will do.
+_layouts: dict[str, Any] = {}
+
+
+def _lay_out_once(lay_out: Any) -> Any:
+    def laid_out(text: str, **style: Any) -> Any:
+        if text not in _layouts:
+            _layouts[text] = lay_out(text, **style)
+        return _layouts[text]
+
+    return laid_out
+
+
+yapf_api.FormatCode = _lay_out_once(yapf_api.FormatCode)
+# The maintained fork asks yapf itself when it prints.
+if hasattr(config_module, 'FormatCode'):
+    config_module.FormatCode = yapf_api.FormatCode
 
 
 def tiny_config(

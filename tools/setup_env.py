@@ -1,10 +1,12 @@
-"""Make, check or mend .venv. The Makefile calls it with the system's Python.
+"""Make, check or mend an environment. The Makefile calls it with the system's Python.
 
 It knows the standard library alone. The order of the steps matters: torch first, then mmcv compiled
 against exactly that torch, then everything else, and at the end the proof
 (`python -m slope_mm.environment`). Every step looks at what is there already, so that a set-up that
 was interrupted goes on where it stopped. What .venv was made for is kept in .venv/slope-setup.json;
 its `made_from` entry is written when everything has passed.
+
+The variable SLOPE_STACK names another environment of `STACKS` to make in place of .venv.
 """
 
 import argparse
@@ -21,22 +23,53 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / '.venv'
-PYTHON = VENV / 'bin' / 'python'
-STATE = VENV / 'slope-setup.json'
-CONSTRAINTS = VENV / 'constraints.txt'
-SETUP_LOG = VENV / 'setup.log'
-MMCV_LOG = VENV / 'mmcv-build.log'
-REQUIREMENTS = ROOT / 'requirements.txt'
-PROOF = ROOT / 'slope_mm' / 'environment' / 'operators.py'
+
+@dataclass(frozen=True)
+class Stack:
+    """An environment that this file can make.
+
+    Attributes:
+        folder: Its virtual environment, in the project's folder.
+        requirements: The file that lists what is in it.
+        mmcv: The distribution that is mmcv there.
+        torch: The torch that it gets where none is asked for.
+    """
+
+    folder: str
+    requirements: str
+    mmcv: str
+    torch: str
+
 
 #: Named exactly, as the newest torch may be a CUDA build of several GB where this one has a small
 #: CPU build. Where it is not to be had, any torch of the second form does.
 DEFAULT_TORCH = 'torch==2.13.0'
 FALLBACK_TORCH = 'torch>=2.1'
+STACKS = {
+    'openmmlab': Stack('.venv', 'requirements.txt', 'mmcv', DEFAULT_TORCH),
+    # The maintained forks.
+    'onedl': Stack('.venv-onedl', 'requirements-onedl.txt', 'onedl-mmcv', DEFAULT_TORCH),
+    # The oldest torch that setup.cfg promises.
+    'oldest': Stack('.venv-oldest', 'requirements.txt', 'mmcv', 'torch==2.1.*'),
+}
+STACK_NAME = os.environ.get('SLOPE_STACK') or 'openmmlab'
+if STACK_NAME not in STACKS:
+    sys.exit(f'SLOPE_STACK={STACK_NAME} is none of {", ".join(STACKS)}')
+STACK = STACKS[STACK_NAME]
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / STACK.folder
+PYTHON = VENV / 'bin' / 'python'
+STATE = VENV / 'slope-setup.json'
+CONSTRAINTS = VENV / 'constraints.txt'
+SETUP_LOG = VENV / 'setup.log'
+MMCV_LOG = VENV / 'mmcv-build.log'
+REQUIREMENTS = ROOT / STACK.requirements
+PROOF = ROOT / 'slope_mm' / 'environment' / 'operators.py'
+
 #: pip from 22 on can install an editable project whose metadata is in setup.cfg alone.
 BUILD_TOOLS = ('pip>=22', 'setuptools<82', 'wheel', 'ninja')
 #: -O2 without debug symbols halves the compile time of mmcv; its operators stay as fast.
@@ -76,13 +109,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         '--torch',
         default='',
-        help=f'torch to install (default: what .venv has, or {DEFAULT_TORCH})',
+        help=f'torch to install (default: what {STACK.folder} has, or {STACK.torch})',
     )
     parser.add_argument(
         '--jobs', default='', help='compilers that may run at once (default: one per core)'
     )
     parser.add_argument(
-        '--if-needed', action='store_true', help='do nothing where .venv is complete and up to date'
+        '--if-needed', action='store_true', help='do nothing where it is complete and up to date'
     )
     arguments = parser.parse_args()
     arguments.torch = arguments.torch.strip()
@@ -101,7 +134,7 @@ def set_up(torch_request: str, jobs: str) -> None:
     state.pop('made_from', None)
     write_state(state)
 
-    state['torch'] = install_torch(torch_request or state.get('torch', DEFAULT_TORCH))
+    state['torch'] = install_torch(torch_request or state.get('torch', STACK.torch))
     write_state(state)
     torch = installed_version('torch')
     write_constraints(torch)
@@ -173,7 +206,7 @@ def sole_setup() -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say('another set-up is at work on .venv; waiting for it')
+            say('another set-up is at work here; waiting for it')
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
@@ -220,7 +253,8 @@ def make_venv() -> None:
     """Make .venv unless a working one is there."""
     if venv_works():
         return
-    say('.venv: made anew, as it does not work' if VENV.exists() else '.venv: made')
+    anew = 'made anew, as it does not work' if VENV.exists() else 'made'
+    say(f'{STACK.folder}: {anew}')
     # Not from inside: where a venv is active, make the new one with the Python behind it.
     python = sys.executable
     if sys.prefix != sys.base_prefix:
@@ -275,12 +309,12 @@ def install_mmcv(jobs: str, built_for: str | None) -> None:
     Raises:
         SetupError: The build failed, or its operators do not work with the installed torch.
     """
-    requirement = next(line for line in requirements() if line.startswith('mmcv=='))
+    requirement = next(line for line in requirements() if line.startswith(f'{STACK.mmcv}=='))
     torch = installed_version('torch')
-    if installed_version('mmcv') == requirement.partition('==')[2]:
+    if installed_version(STACK.mmcv) == requirement.partition('==')[2]:
         mend_opencv()
         if built_for in (None, torch) and operators_work():
-            say(f'mmcv {installed_version("mmcv")} with operators for torch {torch} is installed')
+            say(f'{requirement} with operators for torch {torch} is installed')
             return
         say(f'the installed mmcv has no operators for torch {torch}; building it anew')
         build_mmcv(requirement, jobs, anew=True)
@@ -326,7 +360,8 @@ def build_mmcv(requirement: str, jobs: str, *, anew: bool) -> None:
         ' jobs. This takes about ten minutes on two cores'
         + ('.' if anew else " (seconds where pip's cache has them).")
     )
-    source = requirement if venv_python_version() < (3, 13) else str(corrected_source(requirement))
+    needs_mending = STACK.mmcv == 'mmcv' and venv_python_version() >= (3, 13)
+    source = str(corrected_source(requirement)) if needs_mending else requirement
     started = time.monotonic()
     try:
         pip_install('mmcv', [*options, source], log=MMCV_LOG, environment=environment)

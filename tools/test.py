@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 
 from slope_mm.convert import bake
 from slope_mm.engine import launch
+from slope_mm.engine.launchers import use_launcher
 from slope_mm.engine.stock import is_baked, use_stock_model
 from slope_mm.engine.tta import check_tta, use_tta
 from slope_mm.errors import ConfigError, ExportError
@@ -74,7 +75,7 @@ def main() -> None:
         raise ConfigError(f"--out '{args.out}' has to end in .pkl or .pickle")
     setup_cache_size_limit_of_dynamo()
     config = launch.read_config(args.config, args.cfg_options)
-    launch.use_launcher(config, args.launcher)
+    use_launcher(config, args.launcher)
     launch.set_work_dir(config, args.config, args.work_dir)
     if args.tta:
         check_tta(config)

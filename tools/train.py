@@ -10,13 +10,16 @@ from mmengine.config import DictAction
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
+from slope_mm.engine.launchers import use_launcher
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='train config file path')
     parser.add_argument('--work-dir', help='the dir to save logs and models')
-    parser.add_argument('--amp', action='store_true', help='train in mixed precision (needs a GPU)')
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision (without a GPU: bfloat16)'
+    )
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size'
     )
@@ -45,7 +48,7 @@ def main() -> None:
     args = parse_args()
     setup_cache_size_limit_of_dynamo()
     config = launch.read_config(args.config, args.cfg_options)
-    launch.use_launcher(config, args.launcher)
+    use_launcher(config, args.launcher)
     launch.set_work_dir(config, args.config, args.work_dir)
     if args.amp:
         launch.use_amp(config)

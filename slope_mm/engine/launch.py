@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import (
@@ -32,8 +31,10 @@ from torch import nn
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.fit import check_fit
+from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
+from slope_mm.engine.refusals import check_ways
 from slope_mm.engine.storage import latest_checkpoint
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
 
@@ -84,20 +85,15 @@ def set_work_dir(config: Config, path: str, work_dir: str | None) -> None:
 
 
 def use_amp(config: Config) -> None:
-    """``--amp``: mmengine's mixed precision; the regularizer stays in fp32.
-
-    Raises:
-        ConfigError: Without a GPU (mmengine's AMP wrapper needs one).
-    """
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            '--amp needs a GPU: mmengine trains in mixed precision only there; leave the flag out'
-        )
+    """``--amp``: mixed precision, bf16 where there is no GPU; the regularizer stays in fp32."""
     kind = str(config.optim_wrapper.get('type', 'OptimWrapper'))
     if kind.rsplit('.', 1)[-1].startswith('Slope'):
         config.optim_wrapper.type = 'slope_mm.SlopeAmpOptimWrapper'
-    else:
+    elif has_accelerator() or 'regularizer' in config.optim_wrapper:
+        # SLOPE's constructor makes it one that also works without a GPU.
         config.optim_wrapper.type = 'AmpOptimWrapper'
+    else:
+        config.optim_wrapper.type = 'slope_mm.MixedPrecisionOptimWrapper'
     config.optim_wrapper.loss_scale = 'dynamic'
 
 
@@ -137,26 +133,6 @@ def _checkpoint_folder(config: Config) -> str:
     return os.path.join(hook['out_dir'], os.path.basename(config.work_dir.rstrip(os.sep)))
 
 
-def use_launcher(config: Config, launcher: str) -> None:
-    """``--launcher``: several processes, also on machines without a GPU.
-
-    mmengine's own pytorch launcher sets a CUDA device and gives DDP one. Without CUDA the processes
-    talk by gloo instead, and DDP gets none.
-    """
-    config.launcher = launcher
-    if launcher != 'pytorch' or torch.cuda.is_available():
-        return
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('gloo')
-    wrapper = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=config.get('find_unused_parameters', False),
-    )
-    config.model_wrapper_cfg = config.get('model_wrapper_cfg') or wrapper
-
-
 def build_runner(config: Config) -> Runner:
     """Builds the runner that the config asks for."""
     if 'runner_type' in config:
@@ -175,6 +151,7 @@ def check_before_training(config: Config) -> None:
     for loader in ('train_dataloader', 'val_dataloader'):
         check_data(config.get(loader), loader)
     model = build_model(config)
+    check_ways(config, model)
     if compressed_layers(model):
         check_optim_wrapper(config.get('optim_wrapper', {}))
     if config.get('load_from'):
@@ -325,7 +302,17 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     state = loaded.get('state_dict', loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"'{path}' holds no state dict; give a checkpoint of a detector")
-    check_fit(model, state, complete=complete)
+    check_fit(model, _for_student_and_teacher(model, state), complete=complete)
+
+
+def _for_student_and_teacher(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As mmdet's semi-supervised detectors load a plain detector: into both of theirs."""
+    parts = ('student', 'teacher')
+    if not all(isinstance(getattr(model, part, None), nn.Module) for part in parts):
+        return state
+    if any(part in key for key in state for part in parts):
+        return state
+    return {f'{part}.{key}': value for key, value in state.items() for part in parts}
 
 
 def load_weights(model: nn.Module, path: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -12,9 +14,12 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
+from slope_mm.engine.calibration import FirstBatchCalibration
+from slope_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
+from slope_mm.engine.refusals import check_wrapped
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
-from slope_mm.layers import CompressedLayer
+from slope_mm.layers import STOCK_KINDS, CompressedLayer
 from slope_mm.ops import fused
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
@@ -103,16 +108,9 @@ class RegularizedOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Learns the layers from the model and opens the step's sharing scope."""
-        module = getattr(model, 'module', model)
-        if module is not self._model:
-            self._model = module
-            self._layers = list(compressed_layers(module).values())
-        factor = self._loss_factor()
-        sums = self.regularizer.gradient == 'exact' and self.regularizer.active
-        for layer in self._layers:
-            layer.begin_sharing(sums)
-            layer.runs, layer.loss_factor = 0, factor
-        module.slope_in_step = True
+        if 'torch._dynamo' in sys.modules:
+            _leave_uncompiled()
+        self._begin_step(model)
         try:
             with super().optim_context(model):
                 yield
@@ -186,6 +184,19 @@ class RegularizedOptimWrapper(OptimWrapper):
         tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
         return _norm(pulls) / _norm(tasks)
 
+    def _begin_step(self, model: nn.Module) -> None:
+        module: nn.Module = getattr(model, 'module', model)
+        if module is not self._model:
+            check_wrapped(model)
+            self._model = module
+            self._layers = list(compressed_layers(module).values())
+        factor = self._loss_factor()
+        sums = self.regularizer.gradient == 'exact' and self.regularizer.active
+        for layer in self._layers:
+            layer.begin_sharing(sums)
+            layer.runs, layer.loss_factor = 0, factor
+        module.slope_in_step = True  # type: ignore[assignment]
+
     def _end_step(self) -> None:
         for layer in self._layers:
             layer.end_sharing()
@@ -224,19 +235,39 @@ class RegularizedOptimWrapper(OptimWrapper):
         return [step for step in found if step is not None]
 
 
+@functools.cache
+def _leave_uncompiled() -> None:
+    """Has torch.compile of a train step leave out what is SLOPE's.
+
+    Layers look at values (is W finite, is the input calibrated), share one compressed weight a step
+    and have gradients of their own, all of which breaks or falls apart when it is traced. Done when
+    a step begins and the compiler is there, as the decorator would import the whole of it.
+    """
+    for owner in STOCK_KINDS:
+        owner.forward = torch.compiler.disable(owner.forward)
+    FirstBatchCalibration.__call__ = torch.compiler.disable(FirstBatchCalibration.__call__)  # type: ignore[method-assign]
+    for name in ('_begin_step', 'update_params'):
+        whole = torch.compiler.disable(getattr(RegularizedOptimWrapper, name))
+        setattr(RegularizedOptimWrapper, name, whole)
+
+
 @OPTIM_WRAPPERS.register_module()
 class SlopeOptimWrapper(RegularizedOptimWrapper):
     """``OptimWrapper`` with a ``regularizer=dict(type=…, weight=…, granularity=…)``."""
 
 
 @OPTIM_WRAPPERS.register_module()
-class SlopeAmpOptimWrapper(RegularizedOptimWrapper, AmpOptimWrapper):
-    """``AmpOptimWrapper`` with a ``regularizer``; the regularizer itself is computed in fp32."""
+class SlopeAmpOptimWrapper(RegularizedOptimWrapper, MixedPrecisionOptimWrapper):
+    """``AmpOptimWrapper`` with a ``regularizer``; the regularizer itself is computed in fp32.
+
+    Without an accelerator it trains in bf16 (:class:`MixedPrecisionOptimWrapper`).
+    """
 
 
 _REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
     OptimWrapper: SlopeOptimWrapper,
     AmpOptimWrapper: SlopeAmpOptimWrapper,
+    MixedPrecisionOptimWrapper: SlopeAmpOptimWrapper,
 }
 
 
@@ -284,6 +315,9 @@ class SlopeOptimWrapperConstructor:
         if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
             # Named beside the constructor: it asks for a regularizer itself.
             cfg['regularizer'] = given
+        elif kind is AmpOptimWrapper:
+            # mmengine's own, which its --amp flag writes, cannot be built without an accelerator.
+            cfg.update(type=SlopeAmpOptimWrapper, regularizer=given)
         fused.use_fused(bool(cfg.pop('compile', False)))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
@@ -298,7 +332,12 @@ class SlopeOptimWrapperConstructor:
         )
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the wrapper for a (possibly DDP-wrapped) model."""
+        """Builds the wrapper for a (possibly DDP-wrapped) model.
+
+        Raises:
+            ConfigError: If the constructor builds several wrappers, or the model is sharded.
+        """
+        check_wrapped(model)
         wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)(model)
         if not isinstance(wrapper, OptimWrapper):
             raise ConfigError(

@@ -6,11 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
 from slope_mm.ops.learned_step import QuantizeLSQ
+from slope_mm.ops.tracing import is_compiling
 
 # Values kept per observed call and per layer: enough to place a clip range, small enough to hold
 # for every layer of a detector at once.
@@ -63,7 +66,7 @@ def kept_as_recipe(*inputs: Tensor) -> AbstractContextManager[Any]:
         for x in inputs
         if type(x.grad_fn).__name__ == name
     }
-    if not nodes or torch.compiler.is_compiling():
+    if not nodes or is_compiling():
         return nullcontext()
 
     def pack(tensor: Tensor) -> Tensor | _Again:
@@ -139,6 +142,14 @@ def _one_of_several_processes() -> bool:
         and distributed.is_initialized()
         and distributed.get_world_size() > 1
     )
+
+
+def _refuse_tracing(x: Any) -> None:
+    if isinstance(x, torch.fx.Proxy):
+        raise SlopeError(
+            'a compressed layer looks at values, so torch.fx cannot trace it; where that was'
+            " mmengine's efficient_conv_bn_eval, remove it from the config"
+        )
 
 
 class QuantizedInput(nn.Module):
@@ -237,6 +248,7 @@ class QuantizedInput(nn.Module):
             x: The input.
             which: Its number.
         """
+        _refuse_tracing(x)
         self.count_run()
         bits = self.slope_spec.activation_bits
         if bits is None or self.slope_act_step is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_mm.layers.base import CompressedLayer
+from slope_mm.ops.tracing import is_compiling
 
 _CHUNK = 65536
 
@@ -75,7 +76,7 @@ class WeightReuse:
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a forward: keeps the compressed weights if they are still right."""
         layers = [m for m in model.modules() if isinstance(m, CompressedLayer) and m.changes_weight]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not layers:
+        if is_compiling() or torch.jit.is_tracing() or not layers:
             layers = []
         elif any(layer.sharing for layer in layers):
             # A training step's scope, or a forward within a forward.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slope_mm.ops.quantization import Codes
+from slope_mm.ops.tracing import is_compiling
 from slope_mm.ops.weight_pass import Groups
 
 # A soft mask's gradient needs whole groups at once.
@@ -64,7 +65,7 @@ def weight_kernels(
 
     None stands for the plain ones of :mod:`slope_mm.ops.weight_pass`, which know every case.
     """
-    if not _enabled or torch.compiler.is_compiling():
+    if not _enabled or is_compiling():
         return None
     if _triton_runs(w) and gradient in TRITON_GRADIENTS:
         from slope_mm.ops import triton_pass
@@ -78,7 +79,7 @@ def weight_kernels(
 
 def activation_kernels(x: Tensor) -> ModuleType | None:
     """The module whose ``quantize_forward`` and ``quantize_backward`` are to be used, or None."""
-    if not _enabled or torch.compiler.is_compiling() or not _triton_runs(x):
+    if not _enabled or is_compiling() or not _triton_runs(x):
         return None
     from slope_mm.ops import triton_pass
 

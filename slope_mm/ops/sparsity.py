@@ -99,6 +99,9 @@ def unstructured_mask(w: Tensor, density: float, *, check_finite: bool = True) -
     if check_finite:
         require_finite(w)
     flat = w.reshape(-1).abs()
+    if flat.dtype == torch.float16:
+        # Exact in fp32; torch 2.1 has no kthvalue for fp16 on the CPU.
+        flat = flat.float()
     keep = round(density * flat.numel())
     if keep == 0:
         return torch.zeros_like(w, dtype=torch.bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from detector_configs import atss
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import slope_mm
+from slope_mm import ConfigError
+from slope_mm.engine.launchers import use_launcher
 
 MakeConfig = Callable[..., Config]
 WORKER = Path(__file__).with_name('distributed_worker.py')
@@ -28,16 +33,27 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
+def atss_start(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a detector."""
+    return tiny.train(atss(tiny_config(tmp_path_factory.mktemp('atss'), validate=False))).checkpoint
+
+
+@pytest.fixture(scope='module')
 def ranks(
     tiny_config: MakeConfig,
     dense_run: tiny.Run,
     start: Path,
+    atss_start: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Seen:
     """What both processes saw, by config; all configs are trained by one pair of processes."""
     root = tmp_path_factory.mktemp('ranks')
     detector = tiny_config(root / 'd', validate=False, load_from=str(dense_run.checkpoint))
     detector.train_dataloader.batch_size = 2
+    frozen = tiny_config(root / 'z', validate=False, load_from=str(dense_run.checkpoint))
+    frozen.model.backbone.frozen_stages = 2
+    whole = atss(tiny_config(root / 'a', validate=False, load_from=str(atss_start)))
+    frozen.train_dataloader.batch_size = whole.train_dataloader.batch_size = 2
     configs = {
         'toy': tiny.toy_config(root / 't', batch_size=2, load_from=str(start)),
         'first_batch': tiny.toy_config(root / 'f', batch_size=2),
@@ -46,6 +62,8 @@ def ranks(
         'skip': tiny.toy_config(root / 's', batch_size=2, load_from=str(start)),
         'unreached': tiny.toy_config(root / 'u', batch_size=2, model__spare=True),
         'detector': detector,
+        'frozen': frozen,
+        'atss': whole,
     }
     configs['hook'].custom_hooks = [dict(type='slope_mm.SlopeCalibrationHook', batches=1)]
     skip = configs['skip']
@@ -56,6 +74,7 @@ def ranks(
     files = []
     for name, config in configs.items():
         config.find_unused_parameters = name == 'unreached'
+        config.launcher = 'pytorch'
         files.append(tiny.dump(config, root / f'{name}.py'))
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     done = subprocess.run([*launch, WORKER, root, *files], capture_output=True, text=True)
@@ -79,7 +98,24 @@ def test_two_processes_equal_one_with_the_same_global_batch(
     assert moved > 1e-2, 'the comparison would hold without training'
 
 
-@pytest.mark.parametrize('name', ['toy', 'first_batch', 'hook', 'skip', 'unreached', 'detector'])
+def test_a_detector_on_two_processes_equals_one(
+    ranks: Seen, tiny_config: MakeConfig, atss_start: Path, tmp_path: Path
+) -> None:
+    """Mean losses over the global batch, and batch norms in evaluation, so that it can be true."""
+    config = atss(tiny_config(tmp_path, validate=False, load_from=str(atss_start)))
+    one = tiny.state_of(tiny.train(config).model)
+    two, before = ranks['atss'][0]['last'], ranks['atss'][0]['first']
+    assert one.keys() == two.keys()
+    updates = [key for key in tiny.differing(before, one) if one[key].is_floating_point()]
+    assert len([key for key in updates if key.endswith('slope_step')]) > 20
+    for key in updates:
+        wanted, found = one[key] - before[key], two[key] - before[key]
+        assert float((found - wanted).norm()) < 0.01 * float(wanted.norm()) + 1e-6, key
+
+
+@pytest.mark.parametrize(
+    'name', ['toy', 'first_batch', 'hook', 'skip', 'unreached', 'detector', 'frozen', 'atss']
+)
 def test_ranks_stay_equal_while_they_train(ranks: Seen, name: str) -> None:
     first, second = ranks[name]
     moved = tiny.differing(first['first'], first['last'])
@@ -87,6 +123,8 @@ def test_ranks_stay_equal_while_they_train(ranks: Seen, name: str) -> None:
     # BN statistics are each rank's own: mmengine broadcasts no buffers.
     own = [k for k in first['last'] if 'running_' in k]
     assert set(tiny.differing(first['last'], second['last'])) <= set(own)
+    assert first['masks']
+    assert not tiny.differing(first['masks'], second['masks'])
 
 
 def test_ranks_skip_together(ranks: Seen, start: Path, tmp_path: Path) -> None:
@@ -147,3 +185,72 @@ def test_an_unreached_layer_stays_as_it_was(ranks: Seen) -> None:
         spare = [key for key in rank['last'] if key.startswith('spare.')]
         assert spare
         assert not set(spare) & set(tiny.differing(rank['first'], rank['last']))
+
+
+def test_frozen_stages_stay_frozen_on_all_ranks(ranks: Seen) -> None:
+    """They freeze once more in every ``train()``, when DDP has already counted parameters."""
+    for rank in ranks['frozen']:
+        moved = tiny.differing(rank['first'], rank['last'])
+        frozen = ('backbone.conv1', 'backbone.layer1', 'backbone.layer2')
+        weights = [key for key in moved if 'running_' not in key and 'num_batches' not in key]
+        assert not [key for key in weights if key.startswith(frozen)]
+        assert [key for key in weights if key.startswith('backbone.layer3')]
+
+
+def test_slurm_and_mpi_start_the_same_processes(ranks: Seen, start: Path, tmp_path: Path) -> None:
+    """By the variables that srun and Open MPI's mpirun set; without a GPU mmengine cannot."""
+    files = []
+    for launcher in ('slurm', 'mpi'):
+        config = tiny.toy_config(tmp_path / launcher, batch_size=2, load_from=str(start))
+        config.launcher = launcher
+        files.append(tiny.dump(config, tmp_path / f'{launcher}.py'))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, WORKER, tmp_path, *files],
+            env={
+                **os.environ,
+                'MASTER_ADDR': '127.0.0.1',
+                'MASTER_PORT': str(port),
+                **{f'SLURM_{key}': str(rank) for key in ('PROCID', 'LOCALID')},
+                **{'SLURM_NTASKS': '2', 'SLURM_NODELIST': 'localhost'},
+                **{f'OMPI_COMM_WORLD_{key}': str(rank) for key in ('RANK', 'LOCAL_RANK')},
+                'OMPI_COMM_WORLD_SIZE': '2',
+            },
+            stdout=(tmp_path / f'output_{rank}').open('w'),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(processes):
+        assert process.wait(600) == 0, (tmp_path / f'output_{rank}').read_text()[-6000:]
+    for launcher in ('slurm', 'mpi'):
+        for rank, by_torchrun in enumerate(ranks['toy']):
+            found = torch.load(tmp_path / f'{launcher}_rank{rank}.pt')
+            assert not tiny.differing(by_torchrun['last'], found['last'])
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'parts'),
+    [
+        ('pytorch', 'RANK is not set.*torchrun'),
+        ('slurm', 'SLURM_PROCID is not set.*srun'),
+        ('mpi', 'OMPI_COMM_WORLD_RANK is not set.*mpirun'),
+    ],
+)
+def test_a_launcher_that_did_not_launch_this_process(launcher: str, parts: str) -> None:
+    with pytest.raises(ConfigError, match=parts):
+        use_launcher(Config(), launcher)
+
+
+def test_slurm_without_its_commands_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {'PROCID': '0', 'NTASKS': '2', 'NODELIST': 'node[1-2]'}.items():
+        monkeypatch.setenv(f'SLURM_{key}', value)
+    for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT'):
+        monkeypatch.setenv(key, '')
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    monkeypatch.setenv('PATH', '')
+    with pytest.raises(ConfigError, match=r"hostname node\[1-2\]' failed.*set MASTER_ADDR"):
+        use_launcher(Config(), 'slurm')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -242,9 +243,13 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
     assert_refused(*call('train', tmp_path / 'no.py'), [f"no config '{tmp_path}/no.py'", 'give'])
 
 
-def test_amp_without_a_gpu(slope_run: tiny.Run, tmp_path: Path) -> None:
-    arguments = ('train', slope_run.file, '--amp', '--work-dir', tmp_path / 'work')
-    assert_refused(*call(*arguments), ['--amp needs a GPU', 'leave the flag out'])
+def test_amp_without_a_gpu(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / 'work', validate=False)
+    file = tiny.dump(config, tmp_path / 'config.py')
+    assert call('train', file, '--amp', '--work-dir', tmp_path / 'work')[0] == 0
+    rows = tiny.read_losses(tmp_path / 'work')
+    assert len(rows) == 2
+    assert all(np.isfinite(row['loss']) for row in rows)
 
 
 def test_auto_scale_lr_without_a_base(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -265,7 +270,9 @@ def test_out_wants_a_pickle_file(slope_run: tiny.Run, tmp_path: Path) -> None:
 
 def in_a_shell(tool: str, *arguments: Any, folder: Path) -> tuple[int, str]:
     command = [sys.executable, tiny.ROOT / 'tools' / f'{tool}.py', *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    # The forks' mmdet warns about a package that it would like to have.
+    env = {**os.environ, 'PYTHONWARNINGS': 'ignore:faster'}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     return done.returncode, done.stderr
 
 

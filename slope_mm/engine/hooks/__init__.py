@@ -6,6 +6,7 @@ from slope_mm.engine.hooks.checkpoint import SlopeCheckpointHook
 from slope_mm.engine.hooks.distillation import SlopeDistillationHook
 from slope_mm.engine.hooks.export import SlopeExportHook
 from slope_mm.engine.hooks.finite import SlopeFiniteHook
+from slope_mm.engine.hooks.mean_teacher import SlopeMeanTeacherHook
 from slope_mm.engine.hooks.monitor import SlopeMonitorHook
 from slope_mm.engine.hooks.schedule import SlopeScheduleHook
 from slope_mm.engine.hooks.seed import EpochSeedHook
@@ -19,6 +20,7 @@ __all__ = [
     'SlopeDistillationHook',
     'SlopeExportHook',
     'SlopeFiniteHook',
+    'SlopeMeanTeacherHook',
     'SlopeMonitorHook',
     'SlopeScheduleHook',
     'SlopeStepInitHook',
