@@ -11,7 +11,7 @@ from pathlib import Path
 import slope_mm  # noqa: F401 - registers the plug-ins
 from slope_mm.engine import launch
 from slope_mm.zoo.page import write_page
-from slope_mm.zoo.runner import Options, catalogue, parse_part, run_zoo, select
+from slope_mm.zoo.runner import Options, listed, parse_part, run_zoo, select
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +48,7 @@ def main() -> None:
         args.again,
     )
     if args.list:
-        for entry in select(catalogue(), options):
+        for entry in select(listed(options), options):
             print(entry.config, entry.same_as and f'(the model of {entry.same_as})', entry.problem)
         return
     results = None if args.report_only else run_zoo(options)

@@ -15,15 +15,8 @@ from slope_mm.benchmark.detectors import classes_of
 
 IMAGES = 2
 BOXES = 4
-SIZE = 128
-# Image sides by the class of a part that does not work below: fixed anchor grids, eight levels of
-# downsampling, windows.
-LARGER: dict[str, int] = {
-    'SSDVGG': 300,
-    'SSDNeck': 320,
-    'HourglassNet': 256,
-    'YOLACT': 192,
-}
+# Image sides that are tried, in pixels: some heads want more levels or cells than the first gives.
+SIDES = (64, 128, 320)
 # Stride of the semantic map that a part wants.
 SEMANTIC: dict[str, int] = {
     'FusedSemanticHead': 8,
@@ -44,23 +37,18 @@ def types_of(section: Any) -> set[str]:
     return set()
 
 
-def image_side(config: Config) -> int:
-    """Side of the square images that a model is tried with, in pixels."""
-    used = types_of(config.model)
-    return max([SIZE, *(side for kind, side in LARGER.items() if kind in used)])
-
-
-def training_batch(config: Config) -> dict[str, Any]:
+def training_batch(config: Config, side: int) -> dict[str, Any]:
     """A batch as the model's training dataloader would collate it.
 
     Args:
         config: A stock config, or one with a SlopeModel.
+        side: Side of its square images, in pixels.
 
     Returns:
         ``inputs`` and ``data_samples``: images of noise with boxes, masks, semantic maps and
         proposals; clips for models of videos; branches for semi-supervised ones.
     """
-    used, side = types_of(config.model), image_side(config)
+    used = types_of(config.model)
     if used & set(VIDEO):
         return _clips(config, side)
     if 'SoftTeacher' in used:
@@ -73,9 +61,9 @@ def training_batch(config: Config) -> dict[str, Any]:
     return _images(config, side)
 
 
-def prediction_batch(config: Config) -> dict[str, Any]:
+def prediction_batch(config: Config, side: int) -> dict[str, Any]:
     """A batch of one image or clip, as the test dataloader would collate it."""
-    used, side = types_of(config.model), image_side(config)
+    used = types_of(config.model)
     batch = _clips(config, side) if used & set(VIDEO) else _images(config, side)
     return {key: value[:1] for key, value in batch.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.metadata
 import json
 import logging
 import multiprocessing
@@ -96,17 +97,49 @@ def read_results(path: Path) -> dict[str, Result]:
     return results
 
 
+def listed(options: Options) -> list[Entry]:
+    """The catalogue, from the run's folder where it was listed for the installed mmdet before.
+
+    Reading 800 configs takes longer than trying one.
+    """
+    kept = options.results.with_name('catalogue.json')
+    version = importlib.metadata.version('mmdet')
+    if kept.is_file():
+        content = json.loads(kept.read_text())
+        if content['mmdet'] == version:
+            return [Entry(**entry) for entry in content['entries']]
+    entries = list(catalogue())
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({'mmdet': version, 'entries': [vars(e) for e in entries]}, indent=1))
+    return entries
+
+
+def widest_first(entries: Iterable[Entry]) -> list[Entry]:
+    """New detector classes first, then new pairs of detector and backbone, then the rest."""
+    entries = list(entries)
+    detectors: set[str] = set()
+    pairs: set[tuple[str, str]] = set()
+    ranks = {}
+    for entry in entries:
+        pair = (entry.detector, entry.backbone)
+        ranks[entry] = (entry.detector in detectors) + (pair in pairs)
+        if not entry.same_as:
+            detectors.add(entry.detector)
+            pairs.add(pair)
+    return sorted(entries, key=lambda entry: ranks[entry])
+
+
 def run_zoo(options: Options, say: Callable[[str], None] = print) -> dict[str, Result]:
     """Tries all selected configs that have no result yet.
 
     Returns:
         All results by config.
     """
-    entries = catalogue()
+    entries = listed(options)
     # A packed file of each detector class is enough.
     packs = {e.detector: e.config for e in reversed(entries) if not (e.same_as or e.problem)}
     done = {} if options.again else read_results(options.results)
-    todo = [entry for entry in select(entries, options) if entry.config not in done]
+    todo = [e for e in widest_first(select(entries, options)) if e.config not in done]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.log.parent.mkdir(parents=True, exist_ok=True)
     for number, entry in enumerate(todo, 1):
@@ -164,7 +197,7 @@ def _trial(config: str, options: Options, pack: bool, out: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     # mmengine lists every parameter that it initialises.
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     start, cpu = time.perf_counter(), time.process_time()
 
     def note(**values: Any) -> None:

@@ -27,7 +27,7 @@ import slope_mm
 from slope_mm.convert import bake, compressed_layers
 from slope_mm.engine.launch import build_model
 from slope_mm.zoo.catalogue import config_root, one_line, read
-from slope_mm.zoo.inputs import image_side, prediction_batch, training_batch
+from slope_mm.zoo.inputs import SIDES, prediction_batch, training_batch
 from slope_mm.zoo.weights import shared_names, weight_shares
 
 RECIPE = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))
@@ -130,38 +130,61 @@ def try_config(config: Config, note: Callable[..., None], pack: bool = True) -> 
         config.optim_wrapper = dict(
             type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)
         )
-    side = image_side(config)
-    note(image=side)
-    try:
-        with stage('dense', note):
-            dense = build(config)
-            note(params=sum(p.numel() for p in dense.parameters()))
-            state = {key: value.clone() for key, value in dense.state_dict().items()}
-            loss, reached = train_step(dense, config)
-            note(dense_loss=loss, dense_reached=len(reached))
-            dense.zero_grad(set_to_none=True)
-            predict(dense, config)
-    except Exception as error:
-        raise DenseFailure(one_line(error)) from error
+    dense, side, reached, state = try_dense(config, note)
     with stage('slope', note):
         slope: BaseModel = build_model(slope_config(config))
         slope.load_state_dict(state, strict=True)
         del state
         note(shared=len(shared_names(dense)), shared_kept=shared_names(dense) == shared_names(slope))
         note(**weight_shares(dense, slope))
-        loss, trained = train_step(slope, slope_config(config))
+        loss, trained = train_step(slope, slope_config(config), side)
         note(slope_loss=loss, **gradients(slope, reached, trained))
         slope.zero_grad(set_to_none=True)
         finite = all(bool(p.isfinite().all()) for p in slope.parameters())
         note(finite=finite)
-        predict(slope, config)
+        predict(slope, config, side)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.slope' if pack else None
         with stage('bake', note):
-            weights = check_bake(dense, slope, config, note, path)
+            weights = check_bake(dense, slope, config, side, note, path)
         if path is not None:
             with stage('pack', note):
                 check_packed(dense, path, weights, note)
+
+
+def try_dense(
+    config: Config, note: Callable[..., None]
+) -> tuple[BaseModel, int, set[str], dict[str, Tensor]]:
+    """Builds, trains and predicts with the stock model, at the first image size that it takes.
+
+    Returns:
+        The model, the images' side, the parameters that got a gradient, and the initial state.
+
+    Raises:
+        DenseFailure: If it fails at every size; told is the first failure.
+    """
+    first: Exception | None = None
+    for side in SIDES:
+        try:
+            with stage('dense', note):
+                dense = build(config)
+                note(params=sum(p.numel() for p in dense.parameters()), image=side)
+                state = {key: value.clone() for key, value in dense.state_dict().items()}
+                loss, reached = train_step(dense, config, side)
+                note(dense_loss=loss)
+                dense.zero_grad(set_to_none=True)
+                predict(dense, config, side)
+            return dense, side, reached, state
+        except Exception as error:
+            first = first or error
+            if not might_want_more(error):
+                break
+    raise DenseFailure(one_line(first)) from first  # type: ignore[arg-type]
+
+
+def might_want_more(error: Exception) -> bool:
+    """Whether an error may come from images that are too small, rather than from what is missing."""
+    return not isinstance(error, (ImportError, NotImplementedError, FileNotFoundError, MemoryError))
 
 
 @contextmanager
@@ -193,7 +216,7 @@ def _seed() -> None:
         hub.update_info(name, 100)
 
 
-def train_step(model: BaseModel, config: Config) -> tuple[float, set[str]]:
+def train_step(model: BaseModel, config: Config, side: int) -> tuple[float, set[str]]:
     """One step as mmengine's loops do it.
 
     Returns:
@@ -211,7 +234,7 @@ def train_step(model: BaseModel, config: Config) -> tuple[float, set[str]]:
 
     hooks = [p.register_hook(told(n)) for n, p in model.named_parameters() if p.requires_grad]
     model.train()
-    losses = model.train_step(training_batch(config), wrapper)
+    losses = model.train_step(training_batch(config, side), wrapper)
     for hook in hooks:
         hook.remove()
     loss = losses['loss']
@@ -219,11 +242,11 @@ def train_step(model: BaseModel, config: Config) -> tuple[float, set[str]]:
 
 
 @torch.no_grad()
-def predict(model: BaseModel, config: Config) -> Any:
+def predict(model: BaseModel, config: Config, side: int) -> Any:
     """The model's prediction for one image or clip, in evaluation mode."""
     model.eval()
     _seed()
-    return model.test_step(prediction_batch(config))
+    return model.test_step(prediction_batch(config, side))
 
 
 def gradients(model: nn.Module, reached: set[str], trained: set[str]) -> dict[str, Any]:
@@ -249,6 +272,7 @@ def check_bake(
     dense: BaseModel,
     slope: BaseModel,
     config: Config,
+    side: int,
     note: Callable[..., None],
     path: Path | None,
 ) -> dict[str, Tensor]:
@@ -261,6 +285,7 @@ def check_bake(
         dense: The stock model; has the compressed weights afterwards.
         slope: The compressed model; is baked afterwards.
         config: The stock config.
+        side: Side of the images.
         note: Called with what is found.
         path: Where to write a packed file before baking; None writes none.
 
@@ -273,9 +298,9 @@ def check_bake(
     slope.load_state_dict(kept, strict=True)
     layers = compressed_layers(slope)
     weights = {name: m.compressed_weight().detach().clone() for name, m in layers.items()}
-    ours = watch(slope, config, list(weights))
+    ours = watch(slope, config, side, list(weights))
     dense.load_state_dict(bake(slope, inplace=True).state_dict(), strict=True)
-    note(baked=difference(ours, watch(dense, config, list(weights))))
+    note(baked=difference(ours, watch(dense, config, side, list(weights))))
     return weights
 
 
@@ -294,7 +319,9 @@ def check_packed(
     note(packed='equal' if same else 'differs')
 
 
-def watch(model: BaseModel, config: Config, names: list[str]) -> list[tuple[str, Tensor]]:
+def watch(
+    model: BaseModel, config: Config, side: int, names: list[str]
+) -> list[tuple[str, Tensor]]:
     """Samples of what the named layers and the whole model put out, in the order of their calls."""
     seen: list[tuple[str, Tensor]] = []
 
@@ -308,7 +335,7 @@ def watch(model: BaseModel, config: Config, names: list[str]) -> list[tuple[str,
 
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(hook(name)) for name in names]
-    results = predict(model, config)
+    results = predict(model, config, side)
     for handle in hooks:
         handle.remove()
     seen.extend(('', _sample(tensor)) for tensor in _tensors(results))
