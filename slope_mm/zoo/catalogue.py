@@ -96,7 +96,7 @@ def catalogue() -> tuple[Entry, ...]:
             model = read(path).get('model')
         except Exception as error:  # whatever a config raises is what is listed
             problem = one_line(error)
-            key = (folder, 'unread', problem.split(':', 1)[0])
+            key: tuple[str, ...] = (folder, 'unread', problem.split(':', 1)[0])
             groups.setdefault(key, []).append(
                 ((len(name), name), Entry(name, folder, problem=problem), name)
             )
@@ -132,7 +132,8 @@ def _size(backbone: Mapping[str, Any]) -> tuple[float, ...]:
         abs(depth - 50) if isinstance(depth, int) else 0,
         float(backbone.get('widen_factor', 0)) + float(backbone.get('deepen_factor', 0)),
         float(backbone.get('groups', 1)) * float(backbone.get('base_width', 1)),
-        float(backbone.get('embed_dims', 64)) * sum(blocks if isinstance(blocks, (list, tuple)) else ()),
+        float(backbone.get('embed_dims', 64))
+        * sum(blocks if isinstance(blocks, (list, tuple)) else ()),
         float(arch.rsplit('_', 1)[-1].removesuffix('mf').replace('gf', 'e3'))
         if isinstance(arch, str) and arch.startswith('regnet')
         else 0,
@@ -154,7 +155,8 @@ def _stripped(value: Any) -> Any:
 def _without_repetitions(chosen: list[tuple[tuple[Any, ...], Entry, str]]) -> Iterator[Entry]:
     first: dict[str, str] = {}
     # The folder that a model has its name from stands before folders of data sets and tricks.
-    for _, entry, print_ in sorted(chosen, key=lambda item: (_is_borrowed(item[1]), item[1].config)):
+    own_first = sorted(chosen, key=lambda item: (_is_borrowed(item[1]), item[1].config))
+    for _, entry, print_ in own_first:
         if not entry.problem:
             first.setdefault(print_, entry.config)
     for _, entry, print_ in chosen:

@@ -1,4 +1,4 @@
-"""Dummy batches: what a detector's training and prediction want to be given, as small as they go."""
+"""Dummy batches: what a detector's training and prediction want to be given, and small."""
 
 from __future__ import annotations
 
@@ -126,6 +126,10 @@ def _clips(config: Config, side: int) -> dict[str, Any]:
             # The same objects in every frame.
             found.instances_ids = torch.arange(len(found.bboxes))
             sample.set_metainfo(
-                dict(batch_input_shape=(side, side), pad_shape=(side, side), scale_factor=(1.0, 1.0))
+                dict(
+                    batch_input_shape=(side, side),
+                    pad_shape=(side, side),
+                    scale_factor=(1.0, 1.0),
+                )
             )
     return copy.deepcopy(batch)

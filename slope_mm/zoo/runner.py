@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib.metadata
 import json
 import logging
 import multiprocessing
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import mmdet
 import torch
 
 from slope_mm.errors import ConfigError
@@ -60,7 +60,7 @@ def parse_part(text: str) -> tuple[int, int]:
     """
     number, _, of = text.partition('/')
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise ConfigError(f'--part {text!r} is no part; write for example 2/4 for the second of four')
+        raise ConfigError(f'--part {text!r} is no part; write 2/4 for the second of four')
     return int(number), int(of)
 
 
@@ -86,7 +86,7 @@ def select(entries: Iterable[Entry], options: Options) -> list[Entry]:
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """The last result of each config; a line that a stopped run left half written is passed over."""
+    """The last result of each config; a line that is half written is passed over."""
     results: dict[str, Result] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -103,7 +103,7 @@ def listed(options: Options) -> list[Entry]:
     Reading 800 configs takes longer than trying one.
     """
     kept = options.results.with_name('catalogue.json')
-    version = importlib.metadata.version('mmdet')
+    version = mmdet.__version__
     if kept.is_file():
         content = json.loads(kept.read_text())
         if content['mmdet'] == version:
@@ -213,5 +213,6 @@ def _trial(config: str, options: Options, pack: bool, out: Connection) -> None:
     except Exception as error:  # the result says what it was
         traceback.print_exc()
         note(status='fails', reason=one_line(error))
-    note(cpu_s=round(time.process_time() - cpu, 1), seconds=round(time.perf_counter() - start, 1), peak_mb=peak_mb())
+    took = {'cpu_s': time.process_time() - cpu, 'seconds': time.perf_counter() - start}
+    note(**{key: round(value, 1) for key, value in took.items()}, peak_mb=peak_mb())
     out.close()

@@ -135,7 +135,8 @@ def try_config(config: Config, note: Callable[..., None], pack: bool = True) -> 
         slope: BaseModel = build_model(slope_config(config))
         slope.load_state_dict(state, strict=True)
         del state
-        note(shared=len(shared_names(dense)), shared_kept=shared_names(dense) == shared_names(slope))
+        shared = shared_names(dense)
+        note(shared=len(shared), shared_kept=shared == shared_names(slope))
         note(**weight_shares(dense, slope))
         loss, trained = train_step(slope, slope_config(config), side)
         note(slope_loss=loss, **gradients(slope, reached, trained))
@@ -183,7 +184,7 @@ def try_dense(
 
 
 def might_want_more(error: Exception) -> bool:
-    """Whether an error may come from images that are too small, rather than from what is missing."""
+    """Whether an error may come from images that are too small, not from what is missing."""
     return not isinstance(error, (ImportError, NotImplementedError, FileNotFoundError, MemoryError))
 
 
@@ -237,8 +238,7 @@ def train_step(model: BaseModel, config: Config, side: int) -> tuple[float, set[
     losses = model.train_step(training_batch(config, side), wrapper)
     for hook in hooks:
         hook.remove()
-    loss = losses['loss']
-    return round(float(loss), 4), reached
+    return round(float(losses['loss'].detach()), 4), reached
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ def weight_shares(dense: nn.Module, compressed: nn.Module) -> dict[str, Any]:
     tables: dict[str, int] = {}
     counted: set[int] = set()
     for name, module in dense.named_modules():
-        own = {id(p): p.numel() for p in module._parameters.values() if p is not None and p.dim() > 1}
+        stock = (p for p in module._parameters.values() if p is not None and p.dim() > 1)
+        own = {id(p): p.numel() for p in stock}
         count = sum(numel for key, numel in own.items() if key not in counted)
         counted.update(own)
         if not count:
