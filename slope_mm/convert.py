@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slope_mm.errors import RecipeError, SlopeError, nearest
-from slope_mm.layers import LAYER_KINDS, STOCK_KINDS, CompressedLayer, LayerSpec
+from slope_mm.layers import (
+    Composite,
+    CompressedLayer,
+    FoundWeight,
+    LayerSpec,
+    Projection,
+    composite_kind,
+    find_weights,
+    stock_type,
+)
+from slope_mm.layers.fake_quantize import FakeQuantizer, StockFakeQuantize
 from slope_mm.layers.reuse import WeightReuse
-from slope_mm.ops import activation_codes, positive
+from slope_mm.ops import Pattern
 from slope_mm.recipe import Recipe, Rule
 
 ACTIVATIONS = ('drop', 'fake_quant')
@@ -25,15 +36,17 @@ class LayerPlan:
 
     Attributes:
         name: Qualified name (its first, where a layer has several).
-        module: The layer.
+        module: The layer; of a bare parameter the module that owns it.
         spec: What it gets; None if it stays as it is.
         reason: Why it gets less than the recipe asks for, or nothing; ``''`` if it gets all.
+        parameter: Name of the weight in ``module``.
     """
 
     name: str
     module: nn.Module
     spec: LayerSpec | None
     reason: str
+    parameter: str = 'weight'
 
 
 def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan]:
@@ -51,68 +64,59 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
             pattern.
     """
     recipe = Recipe.parse(recipe)
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    rules = recipe.all_rules
+    found = find_weights(model)
     idle = list(recipe.rules)
     plans = []
-    for module, aliases in names.items():
-        kind = LAYER_KINDS.get(type(module))
-        if kind is None:
-            if _owns_weight(module):
-                reason = f'no compressed kind of {type(module).__name__}'
-                plans.append(LayerPlan(aliases[0], module, None, reason))
-            continue
-        if 'weight' not in module._parameters:
-            # Spectral norm and its kin compute the weight anew before every forward.
-            plans.append(LayerPlan(aliases[0], module, None, 'its weight is computed by a hook'))
-            continue
-        types = [cls.__name__ for cls in type(module).__mro__]
+    for weight in found:
         last = None
-        for rule in rules:
-            if rule.matches(aliases, types, _input_channels(module)):
+        for rule in recipe.all_rules if weight.kind is not None and not weight.obstacle else ():
+            if rule.matches(weight.names, weight.types, _input_channels(weight.owner)):
                 idle = [user for user in idle if user is not rule]
                 last = rule
-        plans.append(_plan_layer(aliases[0], module, kind, recipe, last))
-    _refuse_idle_rules(idle, [n for plan in plans for n in names[plan.module]])
+        plans.append(_plan_layer(weight, recipe, last))
+    _refuse_idle_rules(idle, [name for weight in found for name in weight.names])
     _refuse_hopeless_pattern(recipe, plans)
     return plans
 
 
-def _owns_weight(module: nn.Module) -> bool:
-    return any(p.dim() > 1 for p in module.parameters(recurse=False))
-
-
 def _input_channels(module: nn.Module) -> int:
-    channels = getattr(module, 'in_features', None) or getattr(module, 'in_channels', None)
-    return int(channels or 0)
+    for attribute in ('in_features', 'in_channels', 'embed_dim'):
+        if getattr(module, attribute, None):
+            return int(getattr(module, attribute))
+    return 0
 
 
-def _plan_layer(
-    name: str,
-    module: nn.Module,
-    kind: type[CompressedLayer],
-    recipe: Recipe,
-    rule: Rule | None,
-) -> LayerPlan:
+def _plan_layer(weight: FoundWeight, recipe: Recipe, rule: Rule | None) -> LayerPlan:
+    def planned(spec: LayerSpec | None, reason: str) -> LayerPlan:
+        return LayerPlan(weight.name, weight.owner, spec, reason, weight.parameter)
+
+    if weight.kind is None or weight.obstacle:
+        return planned(None, weight.obstacle)
     spec = recipe.spec(rule)
     if spec is None:
-        reason = '' if rule is None else rule.reason or f'rule {rule.match!r}'
-        return LayerPlan(name, module, None, reason)
+        return planned(None, '' if rule is None else rule.reason or f'rule {rule.match!r}')
     if spec.pattern is not None:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        channels = weight.shape[kind.input_axis]
-        note = ''
-        if getattr(module, 'groups', 1) > 1:
-            note = f'grouped ({module.groups}): no sparsity'
-        elif not spec.pattern.fits(channels):
-            note = f'{channels} input channels hold no {spec.pattern.name}: no sparsity'
+        note = _no_sparsity(weight, weight.kind, spec.pattern)
         if note:
-            spec = replace(spec, pattern=None, note=note)
+            spec = replace(spec, pattern=None, note=f'{note}: no sparsity')
     if not spec.compresses:
-        return LayerPlan(name, module, None, spec.note or 'the recipe asks for nothing here')
-    return LayerPlan(name, module, spec, spec.note)
+        return planned(None, spec.note or 'the recipe asks for nothing here')
+    return planned(spec, spec.note)
+
+
+def _no_sparsity(weight: FoundWeight, kind: type[CompressedLayer], pattern: Pattern) -> str:
+    """Why a weight cannot hold a pattern, or ``''``."""
+    groups = int(getattr(weight.owner, 'groups', 1))
+    channels = weight.weight.shape[kind.input_axis]
+    if kind.input_axis == 0:
+        # A transposed convolution's groups lie one behind the other along this axis.
+        channels //= groups
+    if channels == 1 and groups > 1:
+        return 'depthwise'
+    if not pattern.fits(channels):
+        a_group = ' a group' if groups > 1 else ''
+        return f'{channels} input channels{a_group} hold no {pattern.name}'
+    return ''
 
 
 def _refuse_idle_rules(idle: list[Rule], names: list[str]) -> None:
@@ -166,12 +170,28 @@ def convert(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> nn.Module:
             f"the model is compressed already (layer '{already}'); convert a dense model, or bake"
             ' this one first'
         )
-    for layer in plan(model, recipe):
-        if layer.spec is not None:
-            layer.module.__class__ = LAYER_KINDS[type(layer.module)]
-            layer.module.start_compression(layer.spec)  # type: ignore[operator]
+    start_layers(model, {p.name: p.spec for p in plan(model, recipe) if p.spec is not None})
     WeightReuse.attach(model)
     return model
+
+
+def start_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
+    """Compresses the layers of these (first) names, and what uses their weights directly."""
+    for weight in find_weights(model):
+        spec = specs.get(weight.name)
+        if spec is None or weight.kind is None or weight.layer is not None:
+            continue
+        layer: nn.Module = weight.owner
+        if issubclass(weight.kind, Projection):
+            layer = weight.kind(weight.owner, weight.parameter)
+            weight.owner.add_module(weight.name.rpartition('.')[2], layer)
+        else:
+            layer.__class__ = weight.kind
+        layer.start_compression(spec)  # type: ignore[operator]
+    for module in list(model.modules()):
+        composite = composite_kind(type(module))
+        if composite is not None and any(isinstance(m, CompressedLayer) for m in module.modules()):
+            module.__class__ = composite
 
 
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
@@ -179,25 +199,12 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLayer)}
 
 
-class StockFakeQuantize:
-    """A forward pre-hook that quantizes a layer's input with torch's own operator.
-
-    It holds plain numbers, so a model's state dict stays the stock one.
-    """
-
-    def __init__(self, step: float, low: int, high: int) -> None:
-        self.step, self.low, self.high = step, low, high
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, *rest = inputs
-        return (torch.fake_quantize_per_tensor_affine(x, self.step, 0, self.low, self.high), *rest)
-
-
 def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> nn.Module:
     """Makes a plain model whose weights are the compressed ones.
 
     Its layers have their stock classes and its state dict loads into the stock model with
-    ``strict=True``.
+    ``strict=True``. Weight-standardized convolutions alone become plain ones, whose state dict the
+    stock model refuses (it would standardize again); a warning names them.
 
     Args:
         model: A compressed model.
@@ -224,30 +231,51 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
         )
     if not inplace:
         model = copy.deepcopy(model)
+    keep = activations == 'fake_quant'
+    composites = [module for module in model.modules() if isinstance(module, Composite)]
+    uncalled = {layer for module in composites for layer in module.used_layers()}
+    if keep:
+        for module in composites:
+            module.keep_quantizers()
+    _warn_of_settled(model)
     for layer in compressed_layers(model).values():
-        _bake_layer(layer, keep_activation=activations == 'fake_quant')
+        _bake_layer(layer, FakeQuantizer.of(layer) if keep and layer not in uncalled else None)
+    for module in composites:
+        module.__class__ = stock_type(module)  # type: ignore[assignment]
     WeightReuse.detach(model)
     return model
 
 
+def settled_layers(model: nn.Module) -> list[str]:
+    """Layers of a compressed model whose baked weights the stock layer cannot hold."""
+    return [name for name, layer in compressed_layers(model).items() if layer.baked_type]
+
+
+def _warn_of_settled(model: nn.Module) -> None:
+    names = settled_layers(model)
+    if names:
+        warnings.warn(
+            f"{len(names)} weight-standardized convolutions ('{names[0]}', ...) are plain"
+            ' convolutions in the baked model, which the stock config does not build: it would'
+            ' standardize their weights again, and its strict load refuses them. Use the baked'
+            ' model as it is, or a packed file',
+            stacklevel=3,
+        )
+
+
 @torch.no_grad()
-def _bake_layer(layer: CompressedLayer, keep_activation: bool) -> None:
+def _bake_layer(layer: CompressedLayer, quantizer: FakeQuantizer | None) -> None:
     layer.end_sharing()
     layer.weight.copy_(layer.compressed_weight())
-    bits, signed = layer.slope_spec.activation_bits, layer.activation_signed
-    hook = None
-    if (
-        keep_activation
-        and bits is not None
-        and signed is not None
-        and layer.slope_act_step is not None
-    ):
-        codes = activation_codes(bits, signed)
-        hook = StockFakeQuantize(float(positive(layer.slope_act_step)), codes.qn, codes.qp)
+    if isinstance(layer, Projection):
+        layer.leave()
+        return
     layer.stop_compression()
-    layer.__class__ = STOCK_KINDS[type(layer)]  # type: ignore[assignment]
-    if hook is not None:
-        layer.register_forward_pre_hook(hook)
+    layer.settle()
+    hook = layer.baked_hook or StockFakeQuantize
+    layer.__class__ = layer.baked_type or stock_type(layer)  # type: ignore[assignment]
+    if quantizer is not None:
+        hook(quantizer).register(layer)
 
 
 def pattern_name(spec: LayerSpec | None) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slope_mm.errors import SlopeError
-from slope_mm.layers import LAYER_KINDS, STOCK_KINDS, CompressedLayer
+from slope_mm.layers import CompressedLayer, is_plain
 from slope_mm.ops import SMALLEST_STEP, Codes, positive
 
 # Blocks of ResNets (mmdet's and its kin, torchvision's), by class name: conv1 runs before norm1,
@@ -70,7 +70,7 @@ def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _foldable(layer: nn.Module, norm: _BatchNorm, any_step: bool) -> bool:
-    if type(layer) not in LAYER_KINDS and type(layer) not in STOCK_KINDS:
+    if not is_plain(layer):
         return False
     transposed = isinstance(layer, nn.ConvTranspose2d)
     if transposed and layer.groups != 1:

@@ -40,7 +40,9 @@ PREDICTION = (
     r'|(heatmap|wh|offset)_head\.2|reg_branches\.\d+\.4|conv_pred\.conv)'
 )
 # Sampling offsets of deformable convolutions: a small error there moves every sample.
-OFFSETS = r'(.*\.)?conv_offset'
+OFFSETS = r'(.*\.)?(conv_offset|offset_[sl])'
+# Those of deformable attention, relative to reference points and many to a query, are less fragile.
+ATTENTION_OFFSETS = r'(.*\.)?sampling_offsets'
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
 
     The stem (whatever reads the image, and every layer of a module called ``stem``) and the
     prediction layers stay dense with 8-bit weights, and 8-bit activations where the recipe
-    quantizes activations at all; a recipe without weight bits leaves them at full precision.
+    quantizes activations at all; a recipe without weight bits leaves them at full precision. So do
+    the sampling offsets of deformable attention; those of deformable convolutions are left alone.
     The paper does not publish its policy for these layers.
     """
     weight = {'sparsity': None, 'bits': None if recipe.weight.bits is None else EDGE_BITS}
@@ -207,6 +210,7 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
         edge('in:3', 'stem'),
         edge('re:' + STEM, 'stem'),
         edge('re:' + PREDICTION, 'prediction layer'),
+        edge('re:' + ATTENTION_OFFSETS, 'sampling offsets'),
         Rule('re:' + OFFSETS, compress=False, reason='sampling offsets'),
     )
 

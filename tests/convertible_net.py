@@ -36,6 +36,11 @@ class Net(nn.Module):
         return self.fc_cls(self.fc(x).relu())
 
 
+def key_of(name: str) -> str:
+    """The state-dict key of a layer's weight."""
+    return 'attention.in_proj_weight' if name == 'attention.in_proj' else f'{name}.weight'
+
+
 def image() -> Tensor:
     return torch.randn(2, 3, 17, 17)
 

@@ -27,15 +27,16 @@ def test_a_plan_says_what_each_layer_gets_and_why_not_more() -> None:
     assert told == {
         'stem': ('dense W8 A8', 'stem'),
         'conv': ('2:4 W4 A4', ''),
-        'grouped': ('dense W4 A4', 'grouped (3): no sparsity'),
+        'grouped': ('2:4 W4 A4', ''),
         'up': ('2:4 W4 A4', ''),
         'narrow': ('dense W4 A4', '6 input channels hold no 2:4: no sparsity'),
-        'attention': (None, 'no compressed kind of MultiheadAttention'),
-        'attention.out_proj': (None, 'no compressed kind of NonDynamicallyQuantizableLinear'),
+        'attention.in_proj': ('2:4 W4 A4', ''),
+        'attention.out_proj': ('2:4 W4 A4', ''),
         'fc': ('2:4 W4 A4', ''),
         'fc_cls': ('dense W8 A8', 'prediction layer'),
     }
     assert {name: type(module) for name, module in model.named_modules()} == before
+    assert plans.pop('attention.in_proj').module is model.attention
     assert all(p.module is model.get_submodule(name) for name, p in plans.items())
 
 
@@ -45,19 +46,24 @@ def test_convert_does_what_the_plan_says() -> None:
     weights = dict(model.named_parameters())
     assert slope_mm.convert(model, W4A4) is model
     layers = slope_mm.compressed_layers(model)
-    assert list(layers) == [p.name for p in plans if p.spec]
+    assert layers.keys() == {p.name for p in plans if p.spec}
     for planned in plans:
         if planned.spec is None:
             assert not isinstance(planned.module, CompressedLayer)
+            continue
+        layer = layers[planned.name]
+        assert layer.slope_spec == planned.spec
+        if planned.name == 'attention.in_proj':
+            assert layer is planned.module.in_proj
+            assert layer.weight is weights['attention.in_proj_weight']
         else:
-            layer = layers[planned.name]
-            assert layer is planned.module and layer.slope_spec == planned.spec
+            assert layer is planned.module
             assert layer.weight is weights[f'{planned.name}.weight']
 
 
 def test_a_recipe_object_serves_as_well() -> None:
     model = slope_mm.convert(Net(), slope_mm.Recipe.parse(W4A4))
-    assert len(slope_mm.compressed_layers(model)) == 7
+    assert len(slope_mm.compressed_layers(model)) == 9
 
 
 def test_a_layer_may_be_the_model() -> None:
@@ -80,13 +86,13 @@ def test_subclasses_of_known_kinds_are_left_alone(kind: type[nn.Module]) -> None
 
 def test_unknown_layers_are_listed_and_never_touched() -> None:
     model = nn.ModuleList(
-        [nn.Conv1d(4, 4, 3), nn.Embedding(5, 4), nn.GRU(4, 4), nn.BatchNorm2d(4), nn.Linear(4, 4)]
+        [nn.Bilinear(4, 4, 4), nn.Embedding(5, 4), nn.GRU(4, 4), nn.BatchNorm2d(4), nn.Linear(4, 4)]
     )
     model.append(SinePositionalEncoding(4))
     plans = {p.name: p.reason for p in slope_mm.plan(model, W4)}
     assert plans == {
-        '0': 'no compressed kind of Conv1d',
-        '1': 'no compressed kind of Embedding',
+        '0': 'no compressed kind of Bilinear',
+        '1': 'a table that is looked up or added, not multiplied',
         '2': 'no compressed kind of GRU',
         '4': '',
     }

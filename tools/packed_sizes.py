@@ -21,7 +21,7 @@ from mmdet.models.backbones import ResNet
 from torch import Tensor, nn
 
 import slope_mm
-from slope_mm.analysis.size import order0_bits, stored_bits
+from slope_mm.analysis.size import layer_bits, order0_bits
 from slope_mm.engine import launch
 from slope_mm.engine.packed import stock_model
 
@@ -145,8 +145,7 @@ def row(model: nn.Module, recipe: str, folded: bool) -> list[str]:
     bound = (
         calculated
         + sum(
-            order0_bits(layer) - (bits := stored_bits(layer, None)).codes - bits.index
-            for layer in layers
+            order0_bits(layer) - (bits := layer_bits(layer)).codes - bits.index for layer in layers
         )
         / 8
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slope_mm.layers import LAYER_KINDS, CompressedLayer, stock_type
+from slope_mm.layers import CompressedLayer, Projection, composite_kind, layer_kind, stock_type
 
 FLOAT_BITS = 32
 
@@ -33,7 +33,7 @@ class Operations:
     bops: float
 
 
-def layer_macs(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
+def layer_macs(layer: nn.Module, inputs: Tensor, output: Tensor | list[Tensor]) -> int:
     """Multiply-accumulates of one call of a convolution, transposed convolution or linear layer.
 
     Args:
@@ -42,12 +42,11 @@ def layer_macs(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
         output: What it gave.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if isinstance(layer, nn.ConvTranspose2d):
+    if getattr(layer, 'transposed', False):
         # Every input element meets each weight of its channel once.
         return inputs.numel() * weight[0].numel()
-    if isinstance(layer, nn.Conv2d):
-        return output.numel() * weight[0].numel()
-    return output.numel() * weight.shape[1]
+    outputs = output if isinstance(output, list) else [output]
+    return sum(one.numel() for one in outputs) * weight[0].numel()
 
 
 def layer_bops(layer: nn.Module, macs: int) -> float:
@@ -63,14 +62,25 @@ def layer_bops(layer: nn.Module, macs: int) -> float:
 def _counting(model: nn.Module) -> Iterator[list[tuple[nn.Module, int]]]:
     calls: list[tuple[nn.Module, int]] = []
 
-    def count(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls.append((layer, layer_macs(layer, inputs[0], output)))
 
-    handles = [
-        module.register_forward_hook(count)
-        for module in model.modules()
-        if stock_type(module) in LAYER_KINDS
-    ]
+    def count_within(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        kind = composite_kind(stock_type(module))
+        calls.extend(kind.products(module, args, kwargs, output) if kind is not None else ())
+
+    handles, counted = [], set()
+    for module in model.modules():
+        kind = composite_kind(stock_type(module))
+        if kind is not None:
+            counted.update(kind.uncalled(module))
+            handles.append(module.register_forward_hook(count_within, with_kwargs=True))
+    for module in model.modules():
+        layer = not isinstance(module, Projection) and layer_kind(stock_type(module)) is not None
+        if layer and module not in counted:
+            handles.append(module.register_forward_hook(count))
     try:
         yield calls
     finally:
@@ -82,8 +92,8 @@ def count_operations(model: nn.Module, forward: Callable[[], Any]) -> Operations
     """Counts what one call of ``forward`` costs in the model's layers.
 
     Args:
-        model: A stock or compressed model. Attention's matrix products are not layers and do not
-            count, nor do norms and activations.
+        model: A stock or compressed model. Products of two activations, as within attention, do not
+            count, nor do norms.
         forward: Runs the model on some input.
     """
     with _counting(model) as calls:

@@ -85,7 +85,7 @@ def _errors(dense: nn.Module, recipe: dict[str, Any]) -> dict[str, float]:
     for name, layer in compressed_layers(model).items():
         edge = layer.slope_spec.note
         if layer.changes_weight and not edge:
-            latent: Tensor = layer.weight.detach()
+            latent: Tensor = layer.latent_weight().detach()
             difference = latent - layer.compressed_weight()
             found[name] = float(difference.norm() / latent.norm().clamp_min(1e-30))
     return found

@@ -46,7 +46,7 @@ class LayerMetrics:
 @torch.no_grad()
 def layer_metrics(name: str, layer: CompressedLayer) -> LayerMetrics:
     """Measures one layer."""
-    w, compressed, mask = layer.weight, layer.compressed_weight(), layer.mask
+    w, compressed, mask = layer.latent_weight(), layer.compressed_weight(), layer.mask
     codes, step = layer.slope_spec.weight_codes, layer.step
     clipped = 0.0
     if codes is not None and step is not None:

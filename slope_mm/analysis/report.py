@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slope_mm.analysis.metrics import layer_metrics
-from slope_mm.analysis.size import StoredBits, dense_bits, own_tensors, stored_bits
-from slope_mm.convert import pattern_name, plan
-from slope_mm.layers import LAYER_KINDS, CompressedLayer, LayerSpec, stock_type
+from slope_mm.analysis.size import StoredBits, own_tensors, stored_bits, tensor_bits
+from slope_mm.convert import LayerPlan, pattern_name, plan
+from slope_mm.layers import FoundWeight, LayerSpec, Projection, find_weights, stock_type
+from slope_mm.layers.find import is_table
 from slope_mm.recipe import Recipe
 
 COLUMNS = (
@@ -215,52 +216,73 @@ def report(
     Raises:
         RecipeError: If the recipe does not fit the model.
     """
-    plans = {p.module: p for p in plan(model, recipe)} if recipe is not None else {}
+    plans = {}
+    if recipe is not None:
+        plans = {(p.module, p.parameter): p for p in plan(model, recipe)}
+    weights: dict[nn.Module, list[FoundWeight]] = {}
+    for weight in find_weights(model):
+        weights.setdefault(weight.owner, []).append(weight)
     rows = []
     counted: set[int] = set()
     for name, module in model.named_modules():
-        tensors = own_tensors(module)
-        if not tensors or all(id(tensor) in counted for _, tensor in tensors):
+        tensors = dict(own_tensors(module))
+        if not tensors or all(id(tensor) in counted for tensor in tensors.values()):
             continue
-        counted.update(id(tensor) for _, tensor in tensors)
-        spec, reason, axis = _told(module, plans)
-        rows.append(_row(name, module, spec, reason, axis))
+        counted.update(id(tensor) for tensor in tensors.values())
+        for weight in weights.get(module, []):
+            # A bare parameter is a row of its own; a layer's other tensors belong to its row.
+            alone = weight.kind is not None and issubclass(weight.kind, Projection)
+            own = {weight.parameter: tensors.pop(weight.parameter)} if alone else tensors
+            planned = plans.get((module, weight.parameter))
+            rows.append(_row(weight, own, planned))
+            tensors = tensors if alone else {}
+        if tensors:
+            rows.append(_rest(name, module, tensors))
     return Report(tuple(rows), title)
 
 
-def _told(module: nn.Module, plans: dict[nn.Module, Any]) -> tuple[LayerSpec | None, str, int]:
-    if isinstance(module, CompressedLayer):
-        return module.slope_spec, module.slope_spec.note, module.output_axis
-    planned = plans.get(module)
-    kind = LAYER_KINDS.get(type(module))
+def _told(weight: FoundWeight, planned: LayerPlan | None) -> tuple[LayerSpec | None, str]:
+    if weight.layer is not None:
+        return weight.layer.slope_spec, weight.layer.slope_spec.note
     if planned is not None:
-        return planned.spec, planned.reason, kind.output_axis if kind else 0
-    if kind is not None:
-        return None, 'excluded by a rule', kind.output_axis
-    if any(tensor.dim() > 1 for _, tensor in own_tensors(module)):
-        return None, f'no compressed kind of {type(module).__name__}', 0
-    return None, 'not a matrix product or convolution', 0
+        return planned.spec, planned.reason
+    return None, weight.obstacle or 'excluded by a rule'
 
 
-def _row(
-    name: str, module: nn.Module, spec: LayerSpec | None, reason: str, output_axis: int
-) -> Row:
-    tensors = dict(own_tensors(module))
-    weight = tensors.get('weight')
-    largest = max((t for t in tensors.values()), key=lambda t: t.dim())
-    shown = weight if weight is not None else largest
-    metrics = layer_metrics(name, module) if isinstance(module, CompressedLayer) else None
+def _row(weight: FoundWeight, tensors: dict[str, Tensor], planned: LayerPlan | None) -> Row:
+    spec, reason = _told(weight, planned)
+    metrics = None if weight.layer is None else layer_metrics(weight.name, weight.layer)
+    axis, inputs = (0, 1) if weight.kind is None else (weight.kind.output_axis, weight.kind.inputs)
+    stored = stored_bits(tensors, weight.parameter, spec, axis, inputs)
+    multiplied = [
+        tensor
+        for key, tensor in tensors.items()
+        if tensor.dim() > 1
+        and (key == weight.parameter or weight.kind is None)
+        and not is_table(weight.owner, key)
+    ]
     return Row(
-        name,
-        stock_type(module).__name__,
-        tuple(shown.shape),
+        weight.name,
+        stock_type(weight.owner).__name__,
+        tuple(tensors[weight.parameter].shape),
         pattern_name(spec),
         None if spec is None else spec.bits,
         None if spec is None else spec.activation_bits,
         reason,
         None if metrics is None else metrics.cosine,
         None if metrics is None else metrics.sqnr_db,
-        sum(t.numel() for t in tensors.values() if t.dim() > 1),
-        dense_bits(module),
-        stored_bits(module, spec, output_axis),
+        sum(tensor.numel() for tensor in multiplied),
+        sum(map(tensor_bits, tensors.values())),
+        stored,
     )
+
+
+def _rest(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Row:
+    """What is no weight of a matrix product or convolution: norms, biases of attention."""
+    bits = sum(map(tensor_bits, tensors.values()))
+    shown = max(tensors.values(), key=lambda tensor: tensor.dim())
+    reason = 'not a matrix product or convolution'
+    kind = stock_type(module).__name__
+    shape = tuple(shown.shape)
+    stored = StoredBits(other=bits)
+    return Row(name, kind, shape, '', None, None, reason, None, None, 0, bits, stored)

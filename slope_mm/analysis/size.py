@@ -7,6 +7,7 @@ are kept, its steps, and its bias; everything else stores its tensors as they ar
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +51,12 @@ def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(key, tensor) for key, tensor in tensors if not key.startswith('slope_')]
 
 
-def dense_bits(module: nn.Module) -> int:
-    """Bits of a module's own stock tensors as they are (fp32 for a stock model)."""
-    return sum(tensor_bits(tensor) for _, tensor in own_tensors(module))
-
-
 def weight_bits(
-    shape: tuple[int, ...], spec: LayerSpec, output_axis: int, element_bits: int = 32
+    shape: tuple[int, ...],
+    spec: LayerSpec,
+    output_axis: int,
+    element_bits: int = 32,
+    inputs: int = 1,
 ) -> StoredBits:
     """Bits of a weight under a spec, whether or not it is compressed yet.
 
@@ -65,6 +65,7 @@ def weight_bits(
         spec: What it gets.
         output_axis: Axis of per-channel steps.
         element_bits: Bits of an element that is not quantized.
+        inputs: Number of the layer's inputs.
     """
     numel = 1
     for size in shape:
@@ -78,27 +79,41 @@ def weight_bits(
         for size in step_shape(shape, output_axis if spec.step == 'channel' else None):
             steps *= size
     if spec.activation_bits is not None:
-        # The input's step and whether it has a sign.
-        steps += STEP_BITS + SIGN_BITS
+        # Each input's step and whether it has a sign.
+        steps += inputs * (STEP_BITS + SIGN_BITS)
     return StoredBits(codes, index, steps)
 
 
-def stored_bits(module: nn.Module, spec: LayerSpec | None, output_axis: int = 0) -> StoredBits:
+def stored_bits(
+    tensors: Mapping[str, Tensor],
+    parameter: str,
+    spec: LayerSpec | None,
+    output_axis: int,
+    inputs: int,
+) -> StoredBits:
     """Bits of a layer's own tensors when its weight is stored as ``spec`` says.
 
     Args:
-        module: A compressed or a stock layer.
+        tensors: The layer's stock tensors by name.
+        parameter: Name of the weight among them.
         spec: Its spec; None where it stays as it is.
-        output_axis: Axis of per-channel steps (compressed layers know their own).
+        output_axis: Axis of per-channel steps.
+        inputs: Number of its inputs.
     """
-    if isinstance(module, CompressedLayer):
-        spec, output_axis = module.slope_spec, module.output_axis
     if spec is None:
-        return StoredBits(other=dense_bits(module))
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    bits = weight_bits(tuple(weight.shape), spec, output_axis, weight.element_size() * 8)
-    other = sum(tensor_bits(t) for key, t in own_tensors(module) if key != 'weight')
+        return StoredBits(other=sum(map(tensor_bits, tensors.values())))
+    weight = tensors[parameter]
+    bits = weight_bits(tuple(weight.shape), spec, output_axis, weight.element_size() * 8, inputs)
+    other = sum(tensor_bits(tensor) for key, tensor in tensors.items() if key != parameter)
     return StoredBits(bits.codes, bits.index, bits.steps, other)
+
+
+def layer_bits(layer: CompressedLayer) -> StoredBits:
+    """Bits of a compressed layer's weight and steps."""
+    weight = layer.weight
+    element_bits = weight.element_size() * 8
+    shape, spec = tuple(weight.shape), layer.slope_spec
+    return weight_bits(shape, spec, layer.output_axis, element_bits, layer.inputs)
 
 
 @torch.no_grad()

@@ -71,20 +71,19 @@ def observing(model: nn.Module) -> Iterator[dict[str, CompressedLayer]]:
 def _set_ranges(layers: list[CompressedLayer]) -> None:
     """Pools what every rank saw, so that all ranks set the same steps."""
     for layer in layers:
-        observer = layer.end_observing()
-        device = layer.weight.device
-        # One fixed-size message a layer: lowest value, number of samples, samples.
-        message = torch.zeros(MAX_SAMPLES + 2, device=device)
-        message[0] = float('inf')
-        if observer is not None and observer.low is not None:
-            samples = torch.cat(observer.samples)[:MAX_SAMPLES]
-            message[0], message[1] = observer.low, samples.numel()
-            message[2 : 2 + samples.numel()] = samples
-        messages = all_gather(message) if get_world_size() > 1 else [message]
-        pooled = torch.cat([m[2 : 2 + int(m[1])] for m in messages])
-        if pooled.numel():
-            lowest = min(float(m[0]) for m in messages)
-            layer.set_activation_range(pooled, signed=lowest < 0)
+        for which, observer in enumerate(layer.end_observing()):
+            # One fixed-size message an input: lowest value, number of samples, samples.
+            message = torch.zeros(MAX_SAMPLES + 2, device=layer.weight.device)
+            message[0] = float('inf')
+            if observer.low is not None:
+                samples = torch.cat(observer.samples)[:MAX_SAMPLES]
+                message[0], message[1] = observer.low, samples.numel()
+                message[2 : 2 + samples.numel()] = samples
+            messages = all_gather(message) if get_world_size() > 1 else [message]
+            pooled = torch.cat([m[2 : 2 + int(m[1])] for m in messages])
+            if pooled.numel():
+                lowest = min(float(m[0]) for m in messages)
+                layer.set_activation_range(pooled, signed=lowest < 0, which=which)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:

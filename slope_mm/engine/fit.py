@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
 from slope_mm.errors import CheckpointError
-from slope_mm.layers import CompressedLayer
+from slope_mm.layers import CompressedLayer, find_weights
 
 # Fine-tuning may replace heads (other classes), never half of the network.
 LEAST_SHARE = 0.5
@@ -64,12 +64,19 @@ def check_fit(
 
 
 def _check_recipe(model: nn.Module, given: Mapping[str, Any], prefix: str) -> None:
+    alone = [key for key in given if key.startswith(prefix) and key.endswith('.slope_layer')]
     for name, module in model.named_modules(remove_duplicate=False):
-        saved = given.get(f'{prefix}{name}.slope_layer')
         if isinstance(module, CompressedLayer):
+            key = f'{prefix}{name}.slope_layer'
             # Layers ask this as well, one by one while they load; here before the first is touched.
-            module._check_signature(saved, f'{prefix}{name}.')
-        elif saved is not None:
+            module._check_signature(given.get(key), f'{prefix}{name}.')
+            if key in given:
+                alone.remove(key)
+    names = {name for weight in find_weights(model) for name in weight.names} if alone else set()
+    for key in alone:
+        # A head that was replaced has left its keys, and nothing here that they could belong to.
+        name = key.removeprefix(prefix).removesuffix('.slope_layer')
+        if name in names:
             raise CheckpointError(
                 f"the checkpoint's layer '{prefix}{name}' was compressed, but this recipe leaves it"
                 ' alone; use the recipe that it was trained with, or start from the dense'

@@ -60,7 +60,7 @@ def mean_over_layers(
                 sums.append(layer.weight_powers())
             else:
                 compressed = layer.compressed_weight()
-                sums.append(power_sums(layer.weight, compressed, layer.output_axis))
+                sums.append(power_sums(layer.latent_weight(), compressed, layer.output_axis))
     if not sums:
         return None
     with torch.autocast(sums[0].device.type, enabled=False):

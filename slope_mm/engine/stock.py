@@ -14,10 +14,12 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from slope_mm.convert import bake, compressed_layers
+from slope_mm.convert import bake, compressed_layers, settled_layers
 from slope_mm.engine import launch
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.packed import stock_model
+from slope_mm.errors import SlopeError
+from slope_mm.layers import stock_type
 from slope_mm.packing.container import write_atomically
 
 # In a checkpoint's meta: its weights are compressed ones, of a stock model.
@@ -39,7 +41,16 @@ def save_stock(
 
     Raises:
         PackedFileError: If it cannot be written.
+        SlopeError: If the stock model cannot hold a compressed weight (weight standardization).
     """
+    settled = settled_layers(model)
+    if settled:
+        raise SlopeError(
+            f"layer '{settled[0]}' and {len(settled) - 1} others standardize their weights, and a"
+            ' stock checkpoint would have its compressed ones standardized again; write a packed'
+            " file (tools/export.py packed), or leave them alone (dict(match='type:"
+            f"{stock_type(compressed_layers(model)[settled[0]]).__name__}', compress=False))"
+        )
     recipe = getattr(model, 'slope_recipe', None)
     told = {**(meta or {}), BAKED: True if recipe is None else recipe.to_dict()}
     content = io.BytesIO()

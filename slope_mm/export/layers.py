@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slope_mm.errors import ExportError
 from slope_mm.folding import batch_norm_pairs
-from slope_mm.layers import LAYER_KINDS, STOCK_KINDS, CompressedLayer
+from slope_mm.layers import Composite, CompressedLayer, is_plain, stock_type
 from slope_mm.ops import activation_codes, positive
 
 # A dead channel (a norm of weight 0) has no scale; a denormal one would be slow.
@@ -77,9 +77,9 @@ def exportable(module: nn.Module) -> bool:
 
     Plain layers that ONNX's operators cannot express are left to torch's exporter.
     """
-    if type(module) in LAYER_KINDS:
-        return _pads_zeros(module)
-    return type(module) in STOCK_KINDS
+    if not is_plain(module):
+        return False
+    return isinstance(module, CompressedLayer) or _pads_zeros(module)
 
 
 def folded_norms(model: nn.Module) -> dict[str, str]:
@@ -101,6 +101,14 @@ def describe_layers(model: nn.Module) -> dict[str, ExportedLayer]:
     Raises:
         ExportError: If a layer's settings have no counterpart in ONNX.
     """
+    for name, module in model.named_modules():
+        direct = isinstance(module, Composite) and bool(module.used_layers())
+        if direct or (isinstance(module, CompressedLayer) and not is_plain(module)):
+            raise ExportError(
+                f"layer '{name}' ({stock_type(module).__name__}) is compressed, and only plain"
+                ' convolutions and linear layers can be exported; leave it alone in training'
+                f" (dict(match='{name}', compress=False)), or write a packed file"
+            )
     norms = folded_norms(model)
     return {
         name: describe_layer(name, module, _norm(model, norms.get(name)))

@@ -47,7 +47,7 @@ class _Again(NamedTuple):
     offset: int
 
 
-def kept_as_recipe(quantized: Tensor) -> AbstractContextManager[Any]:
+def kept_as_recipe(*inputs: Tensor) -> AbstractContextManager[Any]:
     """Scope in which operators that keep a quantized input for their backward do not keep a copy.
 
     It is quantized again when the backward pass needs it, from the values before quantization,
@@ -55,15 +55,20 @@ def kept_as_recipe(quantized: Tensor) -> AbstractContextManager[Any]:
     would be in memory twice.
 
     Args:
-        quantized: What :func:`quantize_activation` returned; anything else is left alone.
+        *inputs: What :func:`quantize_activation` returned; anything else is left alone.
     """
-    node = quantized.grad_fn
-    if type(node).__name__ != f'{QuantizeLSQ.__name__}Backward' or torch.compiler.is_compiling():
+    name = f'{QuantizeLSQ.__name__}Backward'
+    nodes = {
+        (x.untyped_storage().data_ptr(), x.dtype): x.grad_fn
+        for x in inputs
+        if type(x.grad_fn).__name__ == name
+    }
+    if not nodes or torch.compiler.is_compiling():
         return nullcontext()
-    storage = quantized.untyped_storage().data_ptr()
 
     def pack(tensor: Tensor) -> Tensor | _Again:
-        if tensor.untyped_storage().data_ptr() != storage or tensor.dtype != quantized_dtype:
+        node = nodes.get((tensor.untyped_storage().data_ptr(), tensor.dtype))
+        if node is None:
             return tensor
         return _Again(node, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
@@ -73,7 +78,6 @@ def kept_as_recipe(quantized: Tensor) -> AbstractContextManager[Any]:
         values = QuantizeLSQ.again(kept.node)
         return values.as_strided(kept.size, kept.stride, kept.offset)
 
-    quantized_dtype = quantized.dtype
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
@@ -135,88 +139,121 @@ def _one_of_several_processes() -> bool:
 
 
 class QuantizedInput(nn.Module):
-    """The part of a compressed layer that quantizes its input.
+    """The part of a compressed layer that quantizes its inputs.
 
-    State (:class:`~slope_mm.layers.CompressedLayer` sets it up): ``slope_act_step``,
-    ``slope_act_signed``, and ``_act_state``, its mirror, so that a forward never asks a GPU.
+    Most layers have one input. An attention's projection has three (query, key and value), each
+    with a range of its own.
+
+    Class attributes:
+        inputs: Number of inputs.
+
+    State (:class:`~slope_mm.layers.CompressedLayer` sets it up): ``slope_act_step`` and
+    ``slope_act_signed``, one element an input, and ``_act_states``, the latter's mirror, so that a
+    forward never asks a GPU.
     """
+
+    inputs = 1
 
     slope_spec: LayerSpec
     slope_act_step: nn.Parameter | None
     slope_act_signed: Tensor
     runs: int
-    _act_state: int
-    _observer: ActivationObserver | None
+    _act_states: list[int]
+    _observers: list[ActivationObserver]
 
     @property
     def calibrated(self) -> bool:
-        """Whether the input's range and sign are known, or not needed."""
-        return self.slope_spec.activation_bits is None or self._input_state() != UNCALIBRATED
+        """Whether every input's range and sign are known, or not needed."""
+        if self.slope_spec.activation_bits is None:
+            return True
+        return all(self._input_state(which) != UNCALIBRATED for which in range(self.inputs))
 
-    def _input_state(self) -> int:
+    def _input_state(self, which: int) -> int:
         """UNCALIBRATED, UNSIGNED or SIGNED, as the buffer says; a GPU is not asked twice."""
-        if self._act_state == UNCALIBRATED and self.slope_spec.activation_bits is not None:
+        known = self._act_states[which]
+        if known == UNCALIBRATED and self.slope_spec.activation_bits is not None:
             # Whoever averages models or broadcasts buffers writes to the buffer alone.
-            self._act_state = int(self.slope_act_signed)
-        return self._act_state
+            known = self._act_states[which] = int(self.slope_act_signed[which])
+        return known
+
+    def input_signed(self, which: int = 0) -> bool | None:
+        """Whether negative codes are used for an input; None where it is not quantized (yet)."""
+        if self.slope_spec.activation_bits is None or self._input_state(which) == UNCALIBRATED:
+            return None
+        return self._act_states[which] == SIGNED
 
     @property
     def activation_signed(self) -> bool | None:
-        """Whether negative codes are used for the input; None without quantized input."""
-        if self.slope_spec.activation_bits is None or self._input_state() == UNCALIBRATED:
-            return None
-        return self._act_state == SIGNED
+        """:meth:`input_signed` of a layer's only input, or its first."""
+        return self.input_signed()
 
     def begin_observing(self) -> None:
         """Passes inputs through unquantized and collects what they look like."""
-        self._observer = ActivationObserver()
+        self._observers = [ActivationObserver() for _ in range(self.inputs)]
 
-    def end_observing(self) -> ActivationObserver | None:
-        """Stops observing and returns what was seen."""
-        observer, self._observer = self._observer, None
-        return observer
+    def end_observing(self) -> list[ActivationObserver]:
+        """Stops observing and returns what was seen of each input."""
+        observers, self._observers = self._observers, []
+        return observers
 
     @torch.no_grad()
-    def set_activation_range(self, samples: Tensor, signed: bool) -> None:
-        """Fixes sign and first step of the input quantizer.
+    def set_activation_range(self, samples: Tensor, signed: bool, which: int = 0) -> None:
+        """Fixes sign and first step of an input's quantizer.
 
-        An input of zeros alone (a dead branch) says nothing about the range: the layer stays
-        uncalibrated and passes it through.
+        An input of zeros alone (a dead branch) says nothing about the range: it stays uncalibrated
+        and passes through.
 
         Args:
             samples: Sampled input values, flat.
             signed: Whether negative values occur.
+            which: The input's number.
         """
         bits = self.slope_spec.activation_bits
         if bits is None or self.slope_act_step is None or not bool(samples.any()):
             return
-        self.slope_act_step.copy_(calibrated_step(samples, signed, bits))
-        self._act_state = SIGNED if signed else UNSIGNED
-        self.slope_act_signed.fill_(self._act_state)
+        self.slope_act_step[which] = calibrated_step(samples, signed, bits)[0]
+        self._act_states[which] = SIGNED if signed else UNSIGNED
+        self.slope_act_signed[which] = self._act_states[which]
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The input as the layer sees it.
+    def count_run(self) -> None:
+        """Notes that the layer's weight is about to be used."""
+        # Activation checkpointing runs a training forward without gradients first.
+        if self.training or torch.is_grad_enabled():
+            self.runs += 1
+
+    def quantized_input(self, x: Tensor, which: int = 0) -> Tensor:
+        """An input as the layer sees it.
 
         An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
         evaluation, and where several processes train (each has another input), it passes the input
         through.
+
+        Args:
+            x: The input.
+            which: Its number.
         """
-        # Activation checkpointing runs a training forward without gradients first.
-        if self.training or torch.is_grad_enabled():
-            self.runs += 1
+        self.count_run()
         bits = self.slope_spec.activation_bits
         if bits is None or self.slope_act_step is None:
             return x
-        if self._observer is not None:
-            self._observer.observe(x)
+        if self._observers:
+            self._observers[which].observe(x)
             return x
-        if self._input_state() == UNCALIBRATED:
+        if self._input_state(which) == UNCALIBRATED:
             if not self.training or x.numel() == 0 or _one_of_several_processes():
                 return x
             observer = ActivationObserver()
             observer.observe(x)
-            self.set_activation_range(torch.cat(observer.samples), bool(observer.low < 0))  # type: ignore[operator]
-            if self._act_state == UNCALIBRATED:
+            self.set_activation_range(
+                torch.cat(observer.samples),
+                bool(observer.low < 0),  # type: ignore[operator]
+                which,
+            )
+            if self._act_states[which] == UNCALIBRATED:
                 return x
-        codes = activation_codes(bits, self._act_state == SIGNED)
-        return quantize_activation(x, self.slope_act_step, codes)
+        codes = activation_codes(bits, self._act_states[which] == SIGNED)
+        step: Tensor = self.slope_act_step
+        if self.inputs > 1:
+            # A copy: calibrating the next input writes to the parameter before the backward pass.
+            step = step[which : which + 1].clone()
+        return quantize_activation(x, step, codes)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from slope_mm.errors import PackedFileError
 from slope_mm.packing.dtypes import NUMPY_DTYPES
 
-VERSION = 1
+#: Written where version 1 can say it, so that older readers read the file; else the newest.
+VERSIONS = (1, 2)
 METADATA_KEY = 'slope_mm'
 HEADER_CRC = ':header_crc32'
 # What safetensors itself allows.
@@ -130,10 +131,10 @@ def _parse_header(text: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError, AttributeError, TypeError):
         raise PackedFileError(f'the header of {name} is damaged; copy or write it again') from None
     version = header.get('version') if isinstance(header, dict) else None
-    if version != VERSION or isinstance(version, bool):
+    if version not in VERSIONS or isinstance(version, bool):
         raise PackedFileError(
-            f'{name} has format version {version!r}, and this slope_mm reads version {VERSION};'
-            ' use a newer slope_mm, or write the file again'
+            f'{name} has format version {version!r}, and this slope_mm reads versions'
+            f' {VERSIONS[0]} to {VERSIONS[-1]}; use a newer slope_mm, or write the file again'
         )
     return header
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from slope_mm.errors import PackedFileError
@@ -19,8 +19,11 @@ CODINGS = ('bitmask', 'enumerative', 'entropy')
 FLOAT_BYTES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}
 MAX_GROUP = 32
 MAX_BITS = 8
+MAX_INPUTS = 8
 
 
+#: Fields that version 1 does not know.
+SECOND_VERSION = ('key', 'inputs', 'standardized')
 #: Fields that most layers of a model agree on.
 SHARED_FIELDS = ('axis', 'coding', 'pattern', 'n', 'm', 'bits', 'codes', 'qn', 'qp', 'offset')
 
@@ -67,6 +70,9 @@ class WeightLayout:
         order: As in the recipe.
         note: Why the layer got less than the recipe asked for.
         held: Whether the mask was fixed in training, or followed the latent weight.
+        key: The weight's state-dict key where it is not ``NAME.weight``; else None.
+        inputs: Activation quantizers of a layer of several inputs; else empty.
+        standardized: Whether the weight is what the layer made of its parameter.
     """
 
     shape: tuple[int, ...]
@@ -91,6 +97,19 @@ class WeightLayout:
     order: str = 's_then_q'
     note: str = ''
     held: bool = False
+    key: str | None = None
+    inputs: tuple[InputQuantizer, ...] = ()
+    standardized: bool = False
+
+    @property
+    def quantizers(self) -> tuple[InputQuantizer, ...]:
+        """The activation quantizers, one an input; empty at full precision."""
+        return self.inputs or (() if self.input is None else (self.input,))
+
+    @property
+    def version(self) -> int:
+        """The version of the format that can tell it."""
+        return 2 if any(getattr(self, name) for name in SECOND_VERSION) else 1
 
     @property
     def numel(self) -> int:
@@ -140,7 +159,9 @@ class WeightLayout:
                 entry[field.name] = value
         entry['shape'] = list(self.shape)
         if self.input is not None:
-            entry['input'] = [self.input.bits, self.input.signed, self.input.step]
+            entry['input'] = list(astuple(self.input))
+        if self.inputs:
+            entry['inputs'] = [list(astuple(quantizer)) for quantizer in self.inputs]
         return entry
 
     @classmethod
@@ -163,6 +184,12 @@ class WeightLayout:
         )
         given['shape'] = tuple(shape)  # type: ignore[arg-type]
         given['input'] = _input_quantizer(given.get('input'))
+        several = given.get('inputs', [])
+        _require(
+            isinstance(several, list) and len(several) <= MAX_INPUTS,
+            f'its activation quantizers are {several!r:.80}',
+        )
+        given['inputs'] = tuple(filter(None, map(_input_quantizer, several)))
         for name, kinds in _KINDS.items():
             if name in given:
                 value = given[name]
@@ -249,6 +276,8 @@ _KINDS: dict[str, Any] = {
     'order': str,
     'note': str,
     'held': bool,
+    'key': (str, type(None)),
+    'standardized': bool,
 }
 
 

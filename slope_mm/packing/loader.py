@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slope_mm.convert import compressed_layers
+from slope_mm.convert import compressed_layers, start_layers
 from slope_mm.errors import PackedFileError, RecipeError, SlopeError
-from slope_mm.layers import LAYER_KINDS, CompressedLayer, LayerSpec
+from slope_mm.layers import CompressedLayer, LayerSpec, find_weights
+from slope_mm.layers.standardized import STANDARDIZED, CompressedStandardizedConv
 from slope_mm.ops import parse_pattern
 from slope_mm.packing.codec import weight_values
 from slope_mm.packing.layout import WeightLayout
@@ -35,7 +36,7 @@ def layer_spec(layout: WeightLayout) -> LayerSpec:
             layout.bits,
             layout.codes,
             layout.step,
-            None if layout.input is None else layout.input.bits,
+            layout.quantizers[0].bits if layout.quantizers else None,
             layout.gradient,
             layout.order,
             layout.note,
@@ -75,9 +76,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     try:
         _check_model(file, model)
         _start_compression(file, model)
-        for name, layer in file.layers.items():
-            module = model.get_submodule(name)
-            module.load_state_dict(_with_bias(file, name, layer_state(layer)), strict=True)
+        for name, module in compressed_layers(model).items():
+            _fill(module, layer_state(file.layers[name]))
         _copy_plain(file, model)
     except PackedFileError as error:
         raise PackedFileError(f'{os.fspath(path)}: {error}') from None
@@ -92,16 +92,18 @@ def packed_state_dict(file: PackedFile) -> dict[str, Tensor]:
         PackedFileError: If a weight cannot be decoded.
     """
     state: dict[str, Tensor] = {key: _tensor(array) for key, array in file.plain.items()}
+    owners = {layer.key: name for name, layer in file.layers.items()}
     for name, layer in file.layers.items():
-        state.update({f'{name}.{key}': value for key, value in layer_state(layer).items()})
+        own = layer_state(layer)
+        state[layer.key] = own.pop('weight')
+        state.update({f'{name}.{key}': value for key, value in own.items()})
     for key, target in file.aliases.items():
         state[key] = state[target]
-        # The layer's own state under its further names.
-        owner, _, leaf = target.rpartition('.')
-        if leaf == 'weight' and owner in file.layers:
-            alias = key.rpartition('.')[0]
-            own = [k for k in state if k.startswith(f'{owner}.slope_')]
-            state.update({alias + k.removeprefix(owner): state[k] for k in own})
+        if target in owners:
+            # The layer's own state under its further names: the key without '.weight', '_weight'.
+            owner, alias = owners[target], key[: -len('.weight')]
+            own_keys = [k for k in state if k.startswith(f'{owner}.slope_')]
+            state.update({alias + k.removeprefix(owner): state[k] for k in own_keys})
     return state
 
 
@@ -112,7 +114,7 @@ def layer_state(layer: PackedLayer) -> dict[str, Tensor]:
         PackedFileError: If its bytes are not what the header says.
     """
     layout = layer.layout
-    spec = _about(layer.name, layout)
+    spec = _about(layer)
     values, mask = layer.decode()
     state = {
         'weight': _tensor(weight_values(layout, values, mask, layer.step)),
@@ -125,25 +127,32 @@ def layer_state(layer: PackedLayer) -> dict[str, Tensor]:
     elif spec.pattern is not None:
         # Saved on a ramp that had not left dense yet.
         state['slope_mask'] = torch.ones(layout.shape, dtype=torch.bool)
-    if layout.input is not None:
-        state['slope_act_step'] = torch.tensor([layout.input.step], dtype=torch.float32)
-        signed = [SIGN_STATES[layout.input.signed]]
+    if layout.standardized:
+        state[STANDARDIZED] = torch.ones(1, dtype=torch.uint8)
+    if layout.quantizers:
+        steps = [quantizer.step for quantizer in layout.quantizers]
+        signed = [SIGN_STATES[quantizer.signed] for quantizer in layout.quantizers]
+        state['slope_act_step'] = torch.tensor(steps, dtype=torch.float32)
         state['slope_act_signed'] = torch.tensor(signed, dtype=torch.int8)
     return state
 
 
-def _about(name: str, layout: WeightLayout) -> LayerSpec:
+def _about(layer: PackedLayer) -> LayerSpec:
     try:
-        return layer_spec(layout)
+        return layer_spec(layer.layout)
     except PackedFileError as error:
-        raise PackedFileError(f"tensor '{name}.weight': {error}") from None
+        raise PackedFileError(f"tensor '{layer.key}': {error}") from None
 
 
-def _with_bias(file: PackedFile, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    key = f'{name}.bias'
-    if key in file.plain:
-        state['bias'] = _tensor(file.plain[key])
-    return state
+def _fill(layer: CompressedLayer, state: dict[str, Tensor]) -> None:
+    """Gives a layer its weight and its own state; what else it has is none of the file's layers."""
+    layer.weight.copy_(state.pop('weight'))
+    # Of an earlier weight, if this one is dense or on a ramp.
+    layer.release_mask()
+    missing, unexpected = layer.load_state_dict(state, strict=False)
+    wrong = [key for key in (*missing, *unexpected) if key.startswith('slope_')]
+    if wrong:
+        raise PackedFileError(f"its '{wrong[0]}' does not fit the layer; give the stock model")
 
 
 def _tensor(array: NDArray) -> Tensor:
@@ -176,7 +185,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _check_model(file: PackedFile, model: nn.Module) -> None:
     own = _own_tensors(model)
     shapes = {key: tuple(array.shape) for key, array in file.plain.items()}
-    shapes |= {f'{name}.weight': layer.layout.shape for name, layer in file.layers.items()}
+    shapes |= {layer.key: layer.layout.shape for layer in file.layers.values()}
     shapes |= {key: shapes[target] for key, target in file.aliases.items()}
     _refuse(sorted(shapes.keys() - own.keys()), 'the model has no')
     _refuse(sorted(own.keys() - shapes.keys()), 'the file has no')
@@ -187,18 +196,27 @@ def _check_model(file: PackedFile, model: nn.Module) -> None:
                 ' give the model that was packed'
             )
     present = compressed_layers(model)
+    weights = {name: weight for weight in find_weights(model) for name in weight.names}
     for name, layer in file.layers.items():
-        spec = _about(name, layer.layout)
-        module = model.get_submodule(name)
-        if isinstance(module, CompressedLayer):
-            fits = module.slope_spec.signature == spec.signature
+        spec = _about(layer)
+        weight = weights.get(name)
+        if weight is None or weight.key != layer.key:
+            raise PackedFileError(
+                f"the model has no layer '{name}'; give the model that was packed"
+            )
+        if weight.layer is not None:
+            fits = weight.layer.slope_spec.signature == spec.signature
         else:
-            fits = not present and type(module) in LAYER_KINDS
+            fits = not present and weight.kind is not None and not weight.obstacle
+        standardizes = weight.kind is not None and issubclass(
+            weight.kind, CompressedStandardizedConv
+        )
+        fits = fits and standardizes == layer.layout.standardized
         if not fits:
             raise PackedFileError(
                 f"layer '{name}' was packed as '{spec.signature}', which the model's"
-                f' {type(module).__name__} cannot become; give the stock model, or one of the same'
-                ' recipe'
+                f' {type(weight.owner).__name__} cannot become; give the stock model, or one of the'
+                ' same recipe'
             )
     _refuse(sorted(present.keys() - file.layers.keys()), 'it was packed without compression:')
 
@@ -209,11 +227,7 @@ def _refuse(keys: Iterable[str], problem: str) -> None:
 
 
 def _start_compression(file: PackedFile, model: nn.Module) -> None:
-    for name, layer in file.layers.items():
-        module = model.get_submodule(name)
-        if not isinstance(module, CompressedLayer):
-            module.__class__ = LAYER_KINDS[type(module)]
-            module.start_compression(layer_spec(layer.layout))  # type: ignore[operator]
+    start_layers(model, {name: layer_spec(la.layout) for name, la in file.layers.items()})
     recipe = file.header.get('recipe')
     if recipe is not None and not hasattr(model, 'slope_recipe'):
         try:

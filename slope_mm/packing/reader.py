@@ -15,7 +15,7 @@ from slope_mm.errors import PackedFileError
 from slope_mm.packing.codec import decode_step, decode_weight, weight_values
 from slope_mm.packing.container import Container, StoredTensor, parse_container, read_container
 from slope_mm.packing.dtypes import NUMPY_DTYPES, as_float32
-from slope_mm.packing.layout import FLOAT_BYTES, WeightLayout
+from slope_mm.packing.layout import FLOAT_BYTES, SECOND_VERSION, WeightLayout
 
 # A constant costs the file nothing, whatever its shape.
 LARGEST_CONSTANT = 2**31
@@ -38,6 +38,11 @@ class PackedLayer:
     payload: NDArray[np.uint8]
 
     @property
+    def key(self) -> str:
+        """The weight's key in the stock model's state dict."""
+        return weight_key(self.name, self.layout.key)
+
+    @property
     def step(self) -> NDArray | None:
         """Steps that broadcast to the weight; None where it is not quantized."""
         return decode_step(self.layout, self.payload)
@@ -53,7 +58,7 @@ class PackedLayer:
         try:
             return decode_weight(self.layout, self.payload)
         except PackedFileError as error:
-            raise _about(self.name, error) from None
+            raise _about(self.key, error) from None
 
     def weight(self) -> NDArray:
         """The compressed weight."""
@@ -74,18 +79,24 @@ class PackedFile:
         self.header = container.header
         tensors = dict(container.tensors)
         defaults = _section(self.header, 'layer_defaults')
-        self.layers = {
-            name: _layer(name, {**defaults, **entry} if isinstance(entry, dict) else entry, tensors)
-            for name, entry in _section(self.header, 'layers').items()
-        }
+        self.layers = {}
+        for name, entry in _section(self.header, 'layers').items():
+            whole = {**defaults, **entry} if isinstance(entry, dict) else entry
+            layer = self.layers[name] = _layer(name, whole, tensors)
+            if layer.layout.version > self.header['version']:
+                fields = sorted(whole.keys() & set(SECOND_VERSION))
+                raise PackedFileError(
+                    f"tensor '{layer.key}': the header has unknown fields {fields}"
+                )
         narrowed = _section(self.header, 'narrowed')
         self.plain = {key: _plain(key, t, narrowed.get(key)) for key, t in tensors.items()}
+        weights = {layer.key for layer in self.layers.values()}
         for key, entry in _section(self.header, 'constants').items():
-            if key in self.plain or key.removesuffix('.weight') in self.layers:
+            if key in self.plain or key in weights:
                 raise PackedFileError(f"the header tells of tensor '{key}' twice")
             self.plain[key] = _constant(key, entry)
         self.aliases = _section(self.header, 'aliases')
-        own = {*self.plain, *(f'{name}.weight' for name in self.layers)}
+        own = {*self.plain, *weights}
         for key, target in self.aliases.items():
             if not isinstance(target, str) or target not in own or key in own:
                 raise PackedFileError(f"tensor '{key}' stands for {target!r:.80}, which cannot be")
@@ -111,8 +122,8 @@ class PackedFile:
     def keys(self) -> Iterator[str]:
         """The state-dict keys of the stock model."""
         yield from self.plain
-        for name in self.layers:
-            yield f'{name}.weight'
+        for layer in self.layers.values():
+            yield layer.key
         yield from self.aliases
 
 
@@ -128,8 +139,8 @@ class PackedWeights(dict[str, NDArray]):
         super().__init__(file.plain)
         self.header = file.header
         self.layers = file.layers
-        for name, layer in file.layers.items():
-            self[f'{name}.weight'] = layer.weight()
+        for layer in file.layers.values():
+            self[layer.key] = layer.weight()
         for key, target in file.aliases.items():
             self[key] = self[target]
 
@@ -162,23 +173,30 @@ def _section(header: dict[str, Any], key: str) -> dict[str, Any]:
     return section
 
 
-def _about(name: str, error: PackedFileError) -> PackedFileError:
-    return PackedFileError(f"tensor '{name}.weight': {error}")
+def weight_key(name: str, key: str | None) -> str:
+    """The state-dict key of a layer's weight, if its entry has this ``key``."""
+    return f'{name}.weight' if key is None else key
+
+
+def _about(key: str, error: PackedFileError) -> PackedFileError:
+    return PackedFileError(f"tensor '{key}': {error}")
 
 
 def _layer(name: str, entry: Any, tensors: dict[str, StoredTensor]) -> PackedLayer:
-    stored = tensors.pop(f'{name}.weight', None)
+    given = entry.get('key') if isinstance(entry, dict) else None
+    key = weight_key(name, given if isinstance(given, str) else None)
+    stored = tensors.pop(key, None)
     if stored is None or stored.dtype != 'U8':
-        raise PackedFileError(f"tensor '{name}.weight' of a compressed layer is missing")
+        raise PackedFileError(f"tensor '{key}' of a compressed layer is missing")
     try:
         layout = WeightLayout.from_json(entry, stored.data.size)
     except PackedFileError as error:
-        raise _about(name, error) from None
+        raise _about(key, error) from None
     layer = PackedLayer(name, layout, stored.data)
     step = None if layer.step is None else layer.step.astype(np.float32)
     # So that every code times its step is a number.
     if step is not None and not np.all((step > 0) & (step < LARGEST_STEP)):
-        raise PackedFileError(f"tensor '{name}.weight': its steps are not positive numbers")
+        raise PackedFileError(f"tensor '{key}': its steps are not positive numbers")
     return layer
 
 

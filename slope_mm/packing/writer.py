@@ -13,15 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slope_mm.convert import compressed_layers
 from slope_mm.errors import PackedFileError
-from slope_mm.layers import CompressedLayer
+from slope_mm.layers import Composite, CompressedLayer, Projection, find_weights
+from slope_mm.layers.standardized import CompressedStandardizedConv
 from slope_mm.ops import NMPattern, positive, to_codes
 from slope_mm.packing.codec import encode_weight
 from slope_mm.packing.container import (
     HEADER_CRC,
     METADATA_KEY,
-    VERSION,
     checksums,
     sign_header,
     to_text,
@@ -29,6 +28,7 @@ from slope_mm.packing.container import (
 )
 from slope_mm.packing.layout import CODINGS, InputQuantizer, WeightLayout, shared_values
 from slope_mm.packing.plainconfig import to_plain
+from slope_mm.packing.reader import weight_key
 from slope_mm.version import __version__
 
 #: Besides the codings of the format: per layer the smaller of ``entropy`` and ``enumerative``.
@@ -114,7 +114,8 @@ def pack(
         raise PackedFileError(
             f'dtype={dtype!r} is unknown; choose one of {sorted(HALF_DTYPES)}, or None'
         )
-    layers = compressed_layers(model)
+    layers = {w.name: w.layer for w in find_weights(model) if w.layer is not None}
+    keys = {w.name: w.key for w in find_weights(model) if w.layer is not None}
     if not layers:
         raise PackedFileError(
             'the model has no compressed layers to pack; give one that slope_mm converted, before'
@@ -124,11 +125,13 @@ def pack(
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, WeightLayout] = {}
     for name, layer in layers.items():
-        layouts[name], tensors[f'{name}.weight'] = _encode_layer(layer, coding, half)
+        layout, tensors[keys[name]] = _encode_layer(layer, coding, half)
+        usual = weight_key(name, None)
+        layouts[name] = replace(layout, key=None if keys[name] == usual else keys[name])
     defaults = shared_values(layouts.values())
     constants: dict[str, Any] = {}
     narrowed: dict[str, str] = {}
-    plain, aliases = _plain_tensors(model, layers)
+    plain, aliases = _plain_tensors(model, layers, keys)
     for key, tensor in plain.items():
         constant = _constant(tensor)
         if constant is not None:
@@ -139,7 +142,7 @@ def pack(
         else:
             tensors[key] = _halved(tensor, half)
     header = {
-        'version': VERSION,
+        'version': max(layout.version for layout in layouts.values()),
         'writer': f'slope_mm {__version__}',
         **_described(model, meta),
         'layer_defaults': defaults,
@@ -182,9 +185,11 @@ def _serialise(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
 def _encode_layer(
     layer: CompressedLayer, coding: str, half: torch.dtype | None
 ) -> tuple[WeightLayout, Tensor]:
-    spec, weight, mask = layer.slope_spec, layer.weight, layer.mask
+    spec, mask = layer.slope_spec, layer.mask
     codes = spec.weight_codes
     step = None
+    weight = layer.latent_weight().detach()
+    quantizers = _input_quantizers(layer)
     kept = weight.numel() if mask is None else int(mask.sum())
     layout = WeightLayout(
         shape=tuple(weight.shape),
@@ -195,11 +200,13 @@ def _encode_layer(
         dtype=DTYPE_NAMES[weight.dtype],
         pattern=None if spec.pattern is None else spec.pattern.name,
         step=spec.step,
-        input=_input_quantizer(layer),
         gradient=spec.gradient,
         order=spec.order,
         note=spec.note,
         held=layer.slope_mask is not None,
+        standardized=isinstance(layer, CompressedStandardizedConv),
+        input=quantizers[0] if len(quantizers) == 1 else None,
+        inputs=quantizers if len(quantizers) > 1 else (),
     )
     if codes is not None and layer.step is not None:
         step = positive(layer.step)
@@ -248,49 +255,56 @@ def _in_groups(layout: WeightLayout, pattern: NMPattern, mask: NDArray[np.bool_]
     return replace(layout, n=pattern.n, m=pattern.m)
 
 
-def _input_quantizer(layer: CompressedLayer) -> InputQuantizer | None:
+def _input_quantizers(layer: CompressedLayer) -> tuple[InputQuantizer, ...]:
     bits = layer.slope_spec.activation_bits
     if bits is None or layer.slope_act_step is None:
-        return None
-    return InputQuantizer(bits, layer.activation_signed, float(layer.slope_act_step))
+        return ()
+    return tuple(
+        InputQuantizer(bits, layer.input_signed(which), float(step))
+        for which, step in enumerate(layer.slope_act_step)
+    )
 
 
 # --- everything else -----------------------------------------------------------------------------
 
 
 def _plain_tensors(
-    model: nn.Module, layers: Mapping[str, CompressedLayer]
+    model: nn.Module, layers: Mapping[str, CompressedLayer], keys: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What is not compressed, by its stock key, and the further keys of what is shared."""
-    first: dict[int, str] = {id(layer.weight): f'{n}.weight' for n, layer in layers.items()}
+    first: dict[int, str] = {id(layer.weight): keys[name] for name, layer in layers.items()}
+    weights = set(keys.values())
     plain: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for key, value in model.state_dict(keep_vars=True).items():
-        owner, _, leaf = key.rpartition('.')
-        if leaf.startswith('slope_'):
+        if key.rpartition('.')[2].startswith('slope_'):
             continue
         if not isinstance(value, Tensor) or value.dtype not in DTYPE_NAMES:
             raise PackedFileError(f"'{key}' is no tensor that a packed file can hold")
         known = first.setdefault(id(value), key)
         if known == key:
-            if owner not in layers or leaf != 'weight':
+            if key not in weights:
                 plain[key] = value.detach().cpu()
             continue
-        _refuse_tie(model, layers, key, known)
+        _refuse_tie(model, key, known)
         aliases[key] = known
     return plain, aliases
 
 
-def _refuse_tie(
-    model: nn.Module, layers: Mapping[str, CompressedLayer], key: str, known: str
-) -> None:
+def _refuse_tie(model: nn.Module, key: str, known: str) -> None:
     """One parameter in two modules of which one compresses it is two different weights."""
     owners = [model.get_submodule(name.rpartition('.')[0]) for name in (key, known)]
-    if owners[0] is not owners[1] and any(isinstance(o, CompressedLayer) for o in owners):
+    if owners[0] is not owners[1] and any(map(_compresses, owners)):
         raise PackedFileError(
             f"'{key}' and '{known}' are one parameter of two layers that compute with different"
             ' weights; leave both alone (dict(match=..., compress=False)), or untie them'
         )
+
+
+def _compresses(module: nn.Module) -> bool:
+    if isinstance(module, Composite):
+        return any(isinstance(child, Projection) for child in module.children())
+    return isinstance(module, CompressedLayer)
 
 
 def _constant(tensor: Tensor) -> list[Any] | None:

@@ -75,7 +75,7 @@ def net(settings: dict[str, Any] | None, seed: int = 0) -> nn.Module:
             layer.begin_observing()
         model.eval()(image())
         for layer in slope_mm.compressed_layers(model).values():
-            seen = layer.end_observing()
+            (seen,) = layer.end_observing()
             if seen.seen:
                 layer.set_activation_range(torch.cat(seen.samples), bool(seen.low < 0))
     model.stem[1].weight.data[0] = 0

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from mmcv.cnn.bricks import wrappers
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
+from mmcv.ops import MaskedConv2d
+from mmdet.models.layers import NormedConv2d, NormedLinear
 from torch import Tensor, nn
 
 import slope_mm
@@ -27,6 +29,23 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     'mmcv conv': (lambda: wrappers.Conv2d(8, 6, 3), (2, 8, 7, 7)),
     'mmcv linear': (lambda: wrappers.Linear(8, 6), (5, 8)),
     'mmcv transposed conv': (lambda: wrappers.ConvTranspose2d(8, 6, 2), (2, 8, 5, 5)),
+    'conv of one axis': (lambda: nn.Conv1d(8, 6, 3), (2, 8, 7)),
+    'conv of three axes': (lambda: nn.Conv3d(8, 6, 3), (2, 8, 4, 5, 4)),
+    'mmcv conv of three axes': (lambda: wrappers.Conv3d(8, 6, 2), (2, 8, 4, 3, 4)),
+    'transposed conv of one axis': (lambda: nn.ConvTranspose1d(8, 6, 3), (2, 8, 5)),
+    'transposed conv of three axes': (lambda: nn.ConvTranspose3d(8, 6, 2), (2, 8, 3, 3, 3)),
+    'mmcv transposed conv of three axes': (
+        lambda: wrappers.ConvTranspose3d(8, 6, 2),
+        (2, 8, 3, 3, 3),
+    ),
+    'adaptive padding': (lambda: Conv2dAdaptivePadding(8, 6, 3, stride=2), (2, 8, 7, 6)),
+    'masked conv': (lambda: MaskedConv2d(8, 6, 3), (2, 8, 5, 5)),
+    'normed linear': (lambda: NormedLinear(8, 6), (5, 8)),
+    'normed conv': (lambda: NormedConv2d(8, 6, 3), (2, 8, 5, 5)),
+    'conv normed over its kernel': (
+        lambda: NormedConv2d(8, 6, 1, norm_over_kernel=True),
+        (2, 8, 5, 5),
+    ),
 }
 any_kind = pytest.mark.parametrize('kind', KINDS)
 

@@ -93,7 +93,7 @@ def test_observing_passes_inputs_through_and_gathers_them() -> None:
     layer(torch.zeros(0, 4))
     layer(second)
     assert not layer.calibrated
-    observer = layer.end_observing()
+    (observer,) = layer.end_observing()
     assert observer.seen
     assert observer.low.item() == min(first.min().item(), second.min().item())
     seen = set(torch.cat(observer.samples).tolist())
@@ -108,7 +108,7 @@ def test_an_observer_samples_large_inputs_and_stays_small() -> None:
     for _ in range(20):
         layer(torch.rand(4000, 4))
     layer(torch.full((1, 4), -3.0))
-    observer = layer.end_observing()
+    (observer,) = layer.end_observing()
     assert torch.cat(observer.samples).numel() <= 20_000
     # The sign is never missed, however late the negative values come.
     assert observer.low.item() == -3

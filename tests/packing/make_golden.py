@@ -1,4 +1,4 @@
-"""Writes the golden files of format version 1: PYTHONPATH=. python tests/packing/make_golden.py
+"""Writes the golden files of the format: PYTHONPATH=. python tests/packing/make_golden.py
 
 They are committed, and never written again: later versions have to read them. The weights are drawn
 by numpy, whose generators do not change, so that the test knows them without the files.
@@ -6,7 +6,6 @@ by numpy, whose generators do not change, so that the test knows them without th
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(weight=dict(sparsity='9:20', bits=4), rules=[dict(match='fc', compress=False)]),
         dict(coding='entropy', dtype='bfloat16'),
     ),
+    # Version 2: a weight of another key, with three inputs.
+    'attention': (dict(weight=WEIGHT, activation=dict(bits=4)), dict(coding='smallest')),
 }
 
 
@@ -47,11 +48,27 @@ class GoldenNet(nn.Module):
         self.alias = self.fc
 
 
+class GoldenAttention(nn.Module):
+    """Attention, and a linear layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+        self.fc = nn.Linear(16, 7)
+
+
+def stock(name: str) -> nn.Module:
+    """The stock model of a case."""
+    if name == 'attention':
+        return GoldenAttention()
+    return GoldenNet(40 if name == 'wide_groups' else 16)
+
+
 def make(name: str) -> nn.Module:
     """The compressed model of a case."""
     import slope_mm
 
-    model = GoldenNet(40 if name == 'wide_groups' else 16)
+    model = stock(name)
     random = np.random.default_rng(list(CASES).index(name))
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -78,7 +95,8 @@ def main() -> None:
     for name, (_, options) in CASES.items():
         path = GOLDEN / f'{name}.slope'
         if path.exists():
-            sys.exit(f'{path} is there already; golden files are written once')
+            # Golden files are written once.
+            continue
         meta = dict(
             config=dict(model=dict(type='GoldenNet')), dataset_meta=dict(classes=('a', 'b'))
         )

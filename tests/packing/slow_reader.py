@@ -99,7 +99,7 @@ def read_layer(content: bytes, name: str) -> tuple[list[bool], list[int], list[f
     """Mask and codes of all weights in the order with the input axis last, and the steps."""
     header = read_header(content)[1]
     entry = {**header['layer_defaults'], **header['layers'][name]}
-    data = tensor_bytes(content, f'{name}.weight')
+    data = tensor_bytes(content, entry.get('key', f'{name}.weight'))
     steps = 1 if entry.get('step') == 'tensor' else entry['shape'][entry.get('output_axis', 0)]
     values = list(struct.unpack(f'<{steps}f', data[: 4 * steps]))
     data = data[4 * steps :]

@@ -271,7 +271,11 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda header: header.update(aliases={'a.weight': 'b.weight'}),
         "tensor 'a.weight' stands for 'b.weight'",
     ),
-    'another version': (lambda header: header.update(version=2), 'format version 2'),
+    'another version': (lambda header: header.update(version=3), 'format version 3'),
+    'an older version': (
+        lambda header: header.update(version=1),
+        "tensor 'attention.in_proj_weight': the header has unknown fields ['inputs', 'key']",
+    ),
     'no version': (lambda header: header.pop('version'), 'format version None'),
 }
 
