@@ -28,9 +28,9 @@ VIDEO = ('QDTrack', 'MaskTrackRCNN', 'Mask2FormerVideo')
 
 
 def types_of(section: Any) -> set[str]:
-    """All ``type`` names in a config section."""
+    """All ``type`` names in a config section, and what a SlopeModel was."""
     if isinstance(section, dict):
-        own = {str(section['type'])} if 'type' in section else set()
+        own = {str(section[key]) for key in ('type', 'arch') if key in section}
         return own.union(*map(types_of, section.values()))
     if isinstance(section, (list, tuple)):
         return set().union(*map(types_of, section))

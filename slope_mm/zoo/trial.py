@@ -24,8 +24,9 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 import slope_mm
-from slope_mm.convert import bake, compressed_layers
+from slope_mm.convert import bake, compressed_layers, settled_layers
 from slope_mm.engine.launch import build_model
+from slope_mm.layers import find_weights
 from slope_mm.zoo.catalogue import config_root, one_line, read
 from slope_mm.zoo.inputs import SIDES, prediction_batch, training_batch
 from slope_mm.zoo.weights import shared_names, weight_shares
@@ -252,16 +253,13 @@ def predict(model: BaseModel, config: Config, side: int) -> Any:
 def gradients(model: nn.Module, reached: set[str], trained: set[str]) -> dict[str, Any]:
     """Which steps got no gradient although the dense twin's weight got one."""
     without, steps = [], 0
-    for name, parameter in model.named_parameters():
-        layer, _, own = name.rpartition('.')
-        if not own.startswith('slope_') or not parameter.requires_grad:
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for weight in find_weights(model):
+        if weight.layer is None or weight.key not in reached:
             continue
-        stock = [key for key in reached if key.rpartition('.')[0] == layer]
-        if not stock:
-            continue
-        steps += 1
-        if name not in trained:
-            without.append(name)
+        own = {f'{weight.name}.{step}' for step in ('slope_step', 'slope_act_step')} & trainable
+        steps += len(own)
+        without += sorted(own - trained)
     return {'steps': steps, 'steps_without_gradient': without}
 
 
@@ -279,7 +277,8 @@ def check_bake(
     """Bakes, loads into the stock model with ``strict=True``, and compares what both put out.
 
     The comparison is about weights: the compressed model forgets its input ranges first, and
-    passes inputs through as a stock model does.
+    passes inputs through as a stock model does. A model with weight-standardized convolutions,
+    whose baked weights no stock layer can hold, is compared with its baked self.
 
     Args:
         dense: The stock model; has the compressed weights afterwards.
@@ -298,9 +297,17 @@ def check_bake(
     slope.load_state_dict(kept, strict=True)
     layers = compressed_layers(slope)
     weights = {name: m.compressed_weight().detach().clone() for name, m in layers.items()}
-    ours = watch(slope, config, side, list(weights))
-    dense.load_state_dict(bake(slope, inplace=True).state_dict(), strict=True)
-    note(baked=difference(ours, watch(dense, config, side, list(weights))))
+    named = dict(dense.named_modules())
+    names = [name for name in weights if name in named]
+    ours = watch(slope, config, side, names)
+    settled = settled_layers(slope)
+    baked: BaseModel = bake(slope, inplace=True)  # type: ignore[assignment]
+    if settled:
+        note(settled=len(settled))
+    else:
+        dense.load_state_dict(baked.state_dict(), strict=True)
+        baked = dense
+    note(baked=difference(ours, watch(baked, config, side, names)))
     return weights
 
 
@@ -365,6 +372,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def difference(ours: list[tuple[str, Tensor]], theirs: list[tuple[str, Tensor]]) -> Any:
     """``'equal'``, or the largest difference relative to the largest value, and where."""
+    # Attention and its like use weights of layers that they do not call, or not in both forms.
+    both = {name for name, _ in ours} & {name for name, _ in theirs}
+    ours, theirs = ([(n, x) for n, x in seen if n in both] for seen in (ours, theirs))
     if [n for n, _ in ours] != [n for n, _ in theirs]:
         return f'{len(ours)} outputs against {len(theirs)}'
     worst, where = 0.0, ''

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from slope_mm.convert import compressed_layers, plan
-from slope_mm.layers import LAYER_KINDS
-
-# Classes whose parameters of two and more dimensions multiply activations.
-PRODUCTS = (
-    _ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    DeformConv2d,
-    ModulatedDeformConv2d,
-)
-
-
-def is_product(module: nn.Module) -> bool:
-    """Whether a stock layer's weight multiplies activations (and is no table that is looked up)."""
-    return isinstance(module, PRODUCTS) or type(module) in LAYER_KINDS
+from slope_mm.layers import find_weights
+from slope_mm.layers.find import is_table
 
 
 def weight_shares(dense: nn.Module, compressed: nn.Module) -> dict[str, Any]:
     """Counts the weights of all matrix products and convolutions, compressed and not.
+
+    Every parameter of two and more dimensions counts, but for embeddings, position and bias tables,
+    which are looked up or added.
 
     Args:
         dense: The stock model.
@@ -37,38 +23,39 @@ def weight_shares(dense: nn.Module, compressed: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``weights``, their number; ``compressed`` and ``sparse``, shares of it; ``dense_left`` and
-        ``not_sparse``, rows of reason, share and an example; ``tables``, the parameters of two and
-        more dimensions that are no products' weights, by class, with their number.
+        ``not_sparse``, rows of reason, share and an example; ``tables``, what is not counted, by
+        class.
     """
-    reasons = {p.name: p.reason for p in plan(dense, compressed.slope_recipe)}  # type: ignore[arg-type]
+    of = {id(weight.weight): weight.name for weight in find_weights(dense) if not weight.obstacle}
+    recipe = compressed.slope_recipe
+    reasons = {p.name: p.reason for p in plan(dense, recipe)}  # type: ignore[arg-type]
     layers = compressed_layers(compressed)
-    total = compressed_weights = sparse = 0
+    total = held = sparse = 0
     left: dict[str, list[Any]] = {}
     unsparse: dict[str, list[Any]] = {}
     tables: dict[str, int] = {}
-    counted: set[int] = set()
-    for name, module in dense.named_modules():
-        stock = (p for p in module._parameters.values() if p is not None and p.dim() > 1)
-        own = {id(p): p.numel() for p in stock}
-        count = sum(numel for key, numel in own.items() if key not in counted)
-        counted.update(own)
-        if not count:
+    for key, parameter in dense.named_parameters():
+        if parameter.dim() < 2:
             continue
-        if not is_product(module):
+        owner, _, own = key.rpartition('.')
+        module = dense.get_submodule(owner)
+        if is_table(module, own):
             kind = type(module).__name__
-            tables[kind] = tables.get(kind, 0) + count
+            tables[kind] = tables.get(kind, 0) + parameter.numel()
             continue
-        total += count
-        layer = layers.get(name)
+        total += parameter.numel()
+        name = of.get(id(parameter), owner)
+        layer = layers.get(name) if id(parameter) in of else None
         if layer is not None:
-            compressed_weights += count
+            held += parameter.numel()
             if layer.slope_spec.pattern is not None:
-                sparse += count
+                sparse += parameter.numel()
                 continue
         where = left if layer is None else unsparse
-        reason = reasons.get(name, '') if layer is None else layer.slope_spec.note
-        entry = where.setdefault(reason, [0, name])
-        entry[0] += count
+        reason = layer.slope_spec.note if layer is not None else reasons.get(name, '')
+        reason = reason or f'{type(module).__name__}.{own}'
+        row = where.setdefault(reason, [0, name])
+        row[0] += parameter.numel()
     share = 1 / max(total, 1)
 
     def rows(found: dict[str, list[Any]]) -> list[list[Any]]:
@@ -77,7 +64,7 @@ def weight_shares(dense: nn.Module, compressed: nn.Module) -> dict[str, Any]:
 
     return {
         'weights': total,
-        'compressed': round(compressed_weights * share, 6),
+        'compressed': round(held * share, 6),
         'sparse': round(sparse * share, 6),
         'dense_left': rows(left),
         'not_sparse': rows(unsparse),
@@ -86,10 +73,10 @@ def weight_shares(dense: nn.Module, compressed: nn.Module) -> dict[str, Any]:
 
 
 def shared_names(model: nn.Module) -> set[frozenset[str]]:
-    """Groups of names that are one and the same module with weights of its own."""
+    """Groups of names that are one and the same module or stock parameter."""
     groups: dict[nn.Module, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module._parameters:
+        if any(not key.startswith('slope_') for key in module._parameters):
             groups.setdefault(module, set()).add(name)
     tied: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -36,6 +36,7 @@ def shrunk(config: Config) -> Config:
                 section[key]['in_channels'] = wide[-len(section[key]['in_channels']) :]
     _limit(model, 'num_queries', 100)
     _limit(model, 'fc_out_channels', 64)
+    _limit(model, 'num_groups', 8)
     for part in ('encoder', 'decoder'):
         if part in model:
             model[part]['num_layers'] = 1
