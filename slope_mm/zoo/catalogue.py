@@ -8,7 +8,6 @@ weights, preprocessing and test settings, is listed and not run again.
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -82,10 +81,13 @@ def one_line(error: BaseException, length: int = 160) -> str:
     return f'{type(error).__name__}: {text}'[:length].rstrip(': ')
 
 
-@functools.cache
-def catalogue() -> tuple[Entry, ...]:
-    """All entries, in the order of their paths."""
-    root = config_root()
+def catalogue(root: Path | None = None) -> list[Entry]:
+    """All entries, in the order of their paths.
+
+    Args:
+        root: Folder of model folders; None: the installed mmdet's configs.
+    """
+    root = config_root() if root is None else root
     groups: dict[tuple[str, ...], list[tuple[tuple[Any, ...], Entry, str]]] = {}
     for path in sorted(root.rglob('*.py')):
         name = path.relative_to(root).as_posix()
@@ -112,7 +114,7 @@ def catalogue() -> tuple[Entry, ...]:
             ((*_size(backbone), len(name), name), entry, _fingerprint(model))
         )
     chosen = [min(group, key=lambda item: item[0]) for group in groups.values()]
-    return tuple(_without_repetitions(sorted(chosen, key=lambda item: item[1].config)))
+    return list(_without_repetitions(sorted(chosen, key=lambda item: item[1].config)))
 
 
 def _backbone(model: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -108,7 +108,7 @@ def listed(options: Options) -> list[Entry]:
         content = json.loads(kept.read_text())
         if content['mmdet'] == version:
             return [Entry(**entry) for entry in content['entries']]
-    entries = list(catalogue())
+    entries = catalogue()
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({'mmdet': version, 'entries': [vars(e) for e in entries]}, indent=1))
     return entries
@@ -142,6 +142,9 @@ def run_zoo(options: Options, say: Callable[[str], None] = print) -> dict[str, R
     todo = [e for e in widest_first(select(entries, options)) if e.config not in done]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.log.parent.mkdir(parents=True, exist_ok=True)
+    if options.results.is_file() and not options.results.read_text().endswith('\n'):
+        with options.results.open('a', encoding='utf-8') as file:
+            file.write('\n')
     for number, entry in enumerate(todo, 1):
         result = run_entry(entry, options, pack=packs.get(entry.detector) == entry.config)
         with options.results.open('a', encoding='utf-8') as file:

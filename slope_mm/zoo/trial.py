@@ -186,7 +186,9 @@ def try_dense(
 
 def might_want_more(error: Exception) -> bool:
     """Whether an error may come from images that are too small, not from what is missing."""
-    return not isinstance(error, (ImportError, NotImplementedError, FileNotFoundError, MemoryError))
+    missing = (ImportError, NotImplementedError, FileNotFoundError, MemoryError)
+    said = ('allocate memory', 'not found', 'not installed')
+    return not isinstance(error, missing) and not any(text in str(error) for text in said)
 
 
 @contextmanager
