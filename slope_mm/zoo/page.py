@@ -174,7 +174,8 @@ def _page(rows: list[Result], versions: Mapping[str, str]) -> str:
         ' their share of the weights.',
         '**Baked** is the largest relative difference between outputs of the compressed model',
         '(inputs not quantized) and of the stock model with baked weights, over all layers and the'
-        ' prediction.',
+        ' prediction. **Steps** counts those with a gradient; an input of zeros (a first decoder'
+        " layer's content) has no range to learn.",
         '',
     ]
     parts = [*head]
@@ -233,13 +234,19 @@ def _table(rows: Iterable[Result]) -> list[str]:
                 _reasons(row['dense_left']),
                 _reasons(row['not_sparse']),
                 str(row['shared'] or ''),
-                f'{row["steps"] - len(row["steps_without_gradient"])}/{row["steps"]}',
+                _steps(row),
                 row['baked'].split(' at ')[0],
                 f'{row["ratio"]}x' if row.get('packed') == 'equal' else row.get('packed', ''),
                 '; '.join(complaints(row)),
             ]
         lines.append(f'| {" | ".join(cell.replace("|", "/") for cell in cells)} |')
     return lines
+
+
+def _steps(row: Result) -> str:
+    blank = len(row['inputs_of_zeros'])
+    trained = row['steps'] - len(row['steps_without_gradient']) - blank
+    return f'{trained}/{row["steps"]}' + (f', {blank} of zeros' if blank else '')
 
 
 def _reasons(found: Iterable[Iterable[Any]]) -> str:

@@ -253,8 +253,10 @@ def predict(model: BaseModel, config: Config, side: int) -> Any:
 
 
 def gradients(model: nn.Module, reached: set[str], trained: set[str]) -> dict[str, Any]:
-    """Which steps got no gradient although the dense twin's weight got one."""
-    without, steps = [], 0
+    """Which steps got no gradient although the dense twin's weight got one, and which cannot."""
+    without: list[str] = []
+    blank: list[str] = []
+    steps = 0
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     for weight in find_weights(model):
         if weight.layer is None or weight.key not in reached:
@@ -262,7 +264,11 @@ def gradients(model: nn.Module, reached: set[str], trained: set[str]) -> dict[st
         own = {f'{weight.name}.{step}' for step in ('slope_step', 'slope_act_step')} & trainable
         steps += len(own)
         without += sorted(own - trained)
-    return {'steps': steps, 'steps_without_gradient': without}
+        if not weight.layer.calibrated:
+            # An input of zeros alone says nothing about its range, and passes as it is.
+            without.remove(f'{weight.name}.slope_act_step')
+            blank.append(weight.name)
+    return {'steps': steps, 'steps_without_gradient': without, 'inputs_of_zeros': blank}
 
 
 # --- baking and packing --------------------------------------------------------------------------

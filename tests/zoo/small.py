@@ -54,6 +54,9 @@ def _narrow(value: Any, wide: list[int]) -> None:
                 value[key] = inner // 4
             else:
                 _narrow(inner, wide)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _narrow(inner, wide)
 
 
 def _limit(value: Any, key: str, most: int) -> None:
@@ -61,4 +64,7 @@ def _limit(value: Any, key: str, most: int) -> None:
         if isinstance(value.get(key), int):
             value[key] = min(value[key], most)
         for inner in value.values():
+            _limit(inner, key, most)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
             _limit(inner, key, most)

@@ -29,6 +29,7 @@ GOOD: dict[str, Any] = dict(
     shared_kept=True,
     steps=140,
     steps_without_gradient=[],
+    inputs_of_zeros=[],
     finite=True,
     baked='equal',
     packed='equal',
