@@ -24,6 +24,7 @@ from slope_mm.layers import (
 )
 from slope_mm.layers.fake_quantize import FakeQuantizer, StockFakeQuantize
 from slope_mm.layers.reuse import WeightReuse
+from slope_mm.layers.standardized import StandardizedWeight
 from slope_mm.ops import Pattern
 from slope_mm.recipe import Recipe, Rule
 
@@ -190,7 +191,7 @@ def start_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> None:
         layer.start_compression(spec)  # type: ignore[operator]
     for module in list(model.modules()):
         composite = composite_kind(type(module))
-        if composite is not None and any(isinstance(m, CompressedLayer) for m in module.modules()):
+        if composite is not None and composite.concerned(module):
             module.__class__ = composite
 
 
@@ -238,27 +239,30 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
         for module in composites:
             module.keep_quantizers()
     _warn_of_settled(model)
+    for module in composites:
+        module.settle()
     for layer in compressed_layers(model).values():
         _bake_layer(layer, FakeQuantizer.of(layer) if keep and layer not in uncalled else None)
     for module in composites:
-        module.__class__ = stock_type(module)  # type: ignore[assignment]
+        module.__class__ = module.baked_type or stock_type(module)  # type: ignore[assignment]
     WeightReuse.detach(model)
     return model
 
 
 def settled_layers(model: nn.Module) -> list[str]:
     """Layers of a compressed model whose baked weights the stock layer cannot hold."""
-    return [name for name, layer in compressed_layers(model).items() if layer.baked_type]
+    layers = compressed_layers(model)
+    return [name for name, layer in layers.items() if isinstance(layer, StandardizedWeight)]
 
 
 def _warn_of_settled(model: nn.Module) -> None:
     names = settled_layers(model)
     if names:
         warnings.warn(
-            f"{len(names)} weight-standardized convolutions ('{names[0]}', ...) are plain"
-            ' convolutions in the baked model, which the stock config does not build: it would'
-            ' standardize their weights again, and its strict load refuses them. Use the baked'
-            ' model as it is, or a packed file',
+            f"{len(names)} weight-standardized convolutions ('{names[0]}', ...) are plain ones in"
+            ' the baked model, which the stock config does not build: it would standardize their'
+            ' weights again, and its strict load refuses them. Use the baked model as it is, or a'
+            ' packed file',
             stacklevel=3,
         )
 

@@ -258,6 +258,7 @@ def _row(weight: FoundWeight, tensors: dict[str, Tensor], planned: LayerPlan | N
         tensor
         for key, tensor in tensors.items()
         if tensor.dim() > 1
+        and tensor.is_floating_point()
         and (key == weight.parameter or weight.kind is None)
         and not is_table(weight.owner, key)
     ]

@@ -19,7 +19,7 @@ from slope_mm.engine import launch
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.packed import stock_model
 from slope_mm.errors import SlopeError
-from slope_mm.layers import stock_type
+from slope_mm.layers import Projection, stock_type
 from slope_mm.packing.container import write_atomically
 
 # In a checkpoint's meta: its weights are compressed ones, of a stock model.
@@ -49,7 +49,7 @@ def save_stock(
             f"layer '{settled[0]}' and {len(settled) - 1} others standardize their weights, and a"
             ' stock checkpoint would have its compressed ones standardized again; write a packed'
             " file (tools/export.py packed), or leave them alone (dict(match='type:"
-            f"{stock_type(compressed_layers(model)[settled[0]]).__name__}', compress=False))"
+            f"{_stock_name(model, settled[0])}', compress=False))"
         )
     recipe = getattr(model, 'slope_recipe', None)
     told = {**(meta or {}), BAKED: True if recipe is None else recipe.to_dict()}
@@ -57,6 +57,11 @@ def save_stock(
     torch.save({'meta': told, 'state_dict': bake(model).state_dict()}, content)
     write_atomically(path, content.getvalue())
     return content.tell()
+
+
+def _stock_name(model: nn.Module, name: str) -> str:
+    layer = compressed_layers(model)[name]
+    return stock_type(layer.owner if isinstance(layer, Projection) else layer).__name__
 
 
 def quantized_inputs(model: nn.Module) -> dict[int, int]:

@@ -7,6 +7,8 @@ keys keep their stock meaning (``weight`` is the latent W); everything else star
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -127,6 +129,10 @@ class CompressedLayer(SavedState):
     def latent_weight(self) -> Tensor:
         """What mask and codes are computed from: ``weight``, or what the layer makes of it."""
         return self.weight
+
+    def sources(self) -> Iterable[Tensor | None]:
+        """All that the compressed weight depends on."""
+        return self.weight, self.slope_step, self.slope_mask
 
     @property
     def mask(self) -> Tensor | None:

@@ -61,8 +61,7 @@ class Projection(CompressedLayer):
 
     def _weight_comes(self, state_dict: Mapping[str, object], prefix: str) -> bool:
         # A child is not shown the keys of its owner, who says so instead.
-        comes, self.weight_comes = self.weight_comes, False
-        return comes
+        return self.weight_comes
 
 
 class ThreeInputs(Projection):
@@ -72,12 +71,23 @@ class ThreeInputs(Projection):
 
 
 class Composite(nn.Module):
-    """Mixin of a module that uses weights directly."""
+    """Mixin of a module that uses weights directly.
+
+    Class attributes:
+        baked_type: Class of the baked module, if not the stock one.
+    """
+
+    baked_type: type[nn.Module] | None = None
 
     @staticmethod
     def bare_weights(module: nn.Module) -> dict[str, BareWeight]:
         """Which of a (stock or swapped) module's own parameters are weights, by layer name."""
         return {}
+
+    @staticmethod
+    def concerned(module: nn.Module) -> bool:
+        """Whether a stock module has to be swapped: here, if anything below it is compressed."""
+        return any(isinstance(below, CompressedLayer) for below in module.modules())
 
     @staticmethod
     def uncalled(module: nn.Module) -> list[nn.Module]:
@@ -105,6 +115,9 @@ class Composite(nn.Module):
     def used_layers(self) -> list[CompressedLayer]:
         """The compressed layers whose weight is used without their forward."""
         return []
+
+    def settle(self) -> None:
+        """Bakes layers that depend on each other; what is left is baked one by one."""
 
     def keep_quantizers(self) -> None:
         """Puts stock hooks in place of the input quantizers of those layers (they are baked)."""

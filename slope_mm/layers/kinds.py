@@ -188,6 +188,7 @@ STOCK_KINDS: dict[type[nn.Module], type[nn.Module]] = {
 # Packages whose layers are slow to import, or may be absent, and where their kinds are registered.
 ELSEWHERE = {
     'mmcv.ops.': 'slope_mm.layers.deformable',
+    'mmcv.ops.saconv': 'slope_mm.layers.switchable',
     'mmdet.': 'slope_mm.layers.detection',
 }
 

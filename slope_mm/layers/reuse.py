@@ -42,8 +42,7 @@ def fingerprint(layers: list[CompressedLayer]) -> Tensor:
     """
     parts: list[Tensor] = []
     for layer in layers:
-        tensors = (layer.weight, layer.slope_step, layer.slope_mask)
-        parts += [p for x in tensors if x is not None for p in _projections(x)]
+        parts += [p for x in layer.sources() if x is not None for p in _projections(x)]
     return torch.cat([part.to(parts[0].device) for part in parts])
 
 

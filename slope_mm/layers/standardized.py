@@ -20,15 +20,13 @@ from slope_mm.layers.spec import LayerSpec
 STANDARDIZED = 'slope_standardized'
 
 
-class CompressedStandardizedConv(CompressedLayer):
-    """The forward of compressed weight-standardized convolutions.
+class StandardizedWeight(CompressedLayer):
+    """A layer whose weight is standardized before it is compressed.
 
     State beside that of other layers:
         slope_standardized: Buffer, uint8 of shape [1]; present only if ``weight`` is standardized
             already, because it was loaded from a packed file or a baked model.
     """
-
-    baked_type = nn.Conv2d
 
     slope_standardized: Tensor | None
 
@@ -43,6 +41,20 @@ class CompressedStandardizedConv(CompressedLayer):
     def latent_weight(self) -> Tensor:
         return self.standardize() if self.slope_standardized is None else self.weight
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + STANDARDIZED in state_dict:
+            mark = torch.ones(1, dtype=torch.uint8, device=self.weight.device)
+            self.slope_standardized = mark
+        elif self._weight_comes(state_dict, prefix):
+            self.slope_standardized = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CompressedStandardizedConv(StandardizedWeight):
+    """The forward of compressed weight-standardized convolutions."""
+
+    baked_type = nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
         x, w = self.quantized_input(x), self.compressed_weight()
@@ -55,14 +67,6 @@ class CompressedStandardizedConv(CompressedLayer):
         self.__dict__.pop('eps', None)
         # A strict load into the stock layer, who would standardize again, fails on it.
         self.register_buffer(STANDARDIZED, torch.ones(1, dtype=torch.uint8))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + STANDARDIZED in state_dict:
-            mark = torch.ones(1, dtype=torch.uint8, device=self.weight.device)
-            self.slope_standardized = mark
-        elif self._weight_comes(state_dict, prefix):
-            self.slope_standardized = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class SlopeConvWS2d(CompressedStandardizedConv, ConvWS2d):

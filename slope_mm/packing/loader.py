@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slope_mm.convert import compressed_layers, start_layers
 from slope_mm.errors import PackedFileError, RecipeError, SlopeError
 from slope_mm.layers import CompressedLayer, LayerSpec, find_weights
-from slope_mm.layers.standardized import STANDARDIZED, CompressedStandardizedConv
+from slope_mm.layers.standardized import STANDARDIZED, StandardizedWeight
 from slope_mm.ops import parse_pattern
 from slope_mm.packing.codec import weight_values
 from slope_mm.packing.layout import WeightLayout
@@ -208,9 +208,7 @@ def _check_model(file: PackedFile, model: nn.Module) -> None:
             fits = weight.layer.slope_spec.signature == spec.signature
         else:
             fits = not present and weight.kind is not None and not weight.obstacle
-        standardizes = weight.kind is not None and issubclass(
-            weight.kind, CompressedStandardizedConv
-        )
+        standardizes = weight.kind is not None and issubclass(weight.kind, StandardizedWeight)
         fits = fits and standardizes == layer.layout.standardized
         if not fits:
             raise PackedFileError(

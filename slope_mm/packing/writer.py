@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slope_mm.errors import PackedFileError
 from slope_mm.layers import Composite, CompressedLayer, Projection, find_weights
-from slope_mm.layers.standardized import CompressedStandardizedConv
+from slope_mm.layers.standardized import StandardizedWeight
 from slope_mm.ops import NMPattern, positive, to_codes
 from slope_mm.packing.codec import encode_weight
 from slope_mm.packing.container import (
@@ -204,7 +204,7 @@ def _encode_layer(
         order=spec.order,
         note=spec.note,
         held=layer.slope_mask is not None,
-        standardized=isinstance(layer, CompressedStandardizedConv),
+        standardized=isinstance(layer, StandardizedWeight),
         input=quantizers[0] if len(quantizers) == 1 else None,
         inputs=quantizers if len(quantizers) > 1 else (),
     )

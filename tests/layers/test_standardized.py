@@ -89,7 +89,9 @@ def test_a_baked_layer_is_a_plain_convolution(kind: type[Any], recipe: dict[str,
     model(x)
     model.eval()
     kept = 'fake_quant' if recipe is W4A4 else 'drop'
-    with pytest.warns(UserWarning, match=r"1 weight-standardized convolutions \('0', .* plain"):
+    with pytest.warns(
+        UserWarning, match=r"1 weight-standardized convolutions \('0', .* plain ones"
+    ):
         baked = slope_mm.bake(model, activations=kept)
     assert type(baked[0]) is nn.Conv2d
     torch.testing.assert_close(baked(x), model(x), rtol=1e-4, atol=1e-5)
