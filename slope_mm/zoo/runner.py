@@ -191,10 +191,11 @@ def run_entry(entry: Entry, options: Options, pack: bool) -> Result:
 
 def _trial(config: str, options: Options, pack: bool, out: Connection) -> None:
     """The child process: limits, output into the log, and the trial."""
-    with options.log.open('a', encoding='utf-8') as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    log = options.log.open('a', buffering=1, encoding='utf-8')
+    sys.stdout = sys.stderr = log
+    # What native code says.
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
     limit = int(options.memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)

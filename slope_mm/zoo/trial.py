@@ -264,9 +264,10 @@ def gradients(model: nn.Module, reached: set[str], trained: set[str]) -> dict[st
         own = {f'{weight.name}.{step}' for step in ('slope_step', 'slope_act_step')} & trainable
         steps += len(own)
         without += sorted(own - trained)
-        if not weight.layer.calibrated:
+        act_step = f'{weight.name}.slope_act_step'
+        if act_step in without and not weight.layer.calibrated:
             # An input of zeros alone says nothing about its range, and passes as it is.
-            without.remove(f'{weight.name}.slope_act_step')
+            without.remove(act_step)
             blank.append(weight.name)
     return {'steps': steps, 'steps_without_gradient': without, 'inputs_of_zeros': blank}
 

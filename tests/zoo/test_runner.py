@@ -41,6 +41,9 @@ class Misbehaving(BaseModel):
             time.sleep(600)
         raise RuntimeError(f'it {does}')
 
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Never comes to this."""
+
 
 def misbehave(tmp_path: Path, does: str, **limits: float) -> dict[str, Any]:
     config = tmp_path / f'{does}.py'
