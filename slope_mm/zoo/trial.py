@@ -62,7 +62,7 @@ def prepared(config: Config) -> Config:
     config.load_from = None
     model = config.model
     for section in (model, model.get('detector', {})):
-        if section.get('backbone', {}).get('frozen_stages', -1) >= 0:
+        if section.get('backbone', {}).get('frozen_stages', -1) > 0:
             section['backbone']['frozen_stages'] = -1
         if isinstance(section.get('teacher_config'), str):
             inner = section['teacher_config'].split('configs/', 1)[-1]
@@ -310,7 +310,7 @@ def check_bake(
     names = [name for name in weights if name in named]
     ours = watch(slope, config, side, names)
     settled = settled_layers(slope)
-    baked: BaseModel = bake(slope, inplace=True)  # type: ignore[assignment]
+    baked: BaseModel = bake(slope, inplace=True)
     if settled:
         note(settled=len(settled))
     else:

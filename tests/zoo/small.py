@@ -8,8 +8,16 @@ from mmengine.config import Config
 
 from slope_mm.zoo.trial import stock_zoo_config
 
-# Of base_channels 64.
+# Of base_channels 64, and of the 256 channels of necks and heads.
 NARROW = 16
+HEAD = 64
+HEAD_KEYS = (
+    'in_channels',
+    'out_channels',
+    'feat_channels',
+    'conv_out_channels',
+    'point_feat_channels',
+)
 
 
 def small_config(name: str) -> Config:
@@ -40,6 +48,10 @@ def shrunk(config: Config) -> Config:
     for part in ('encoder', 'decoder'):
         if part in model:
             model[part]['num_layers'] = 1
+    if not {'encoder', 'panoptic_head'} & model.keys():
+        # Transformers' widths depend on each other in too many ways.
+        for key in HEAD_KEYS:
+            _replace(model, key, 256, HEAD)
     return config
 
 
@@ -57,6 +69,17 @@ def _narrow(value: Any, wide: list[int]) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _narrow(inner, wide)
+
+
+def _replace(value: Any, key: str, old: int, new: int) -> None:
+    if isinstance(value, dict):
+        if value.get(key) == old:
+            value[key] = new
+        for inner in value.values():
+            _replace(inner, key, old, new)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _replace(inner, key, old, new)
 
 
 def _limit(value: Any, key: str, most: int) -> None:
