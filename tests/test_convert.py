@@ -86,7 +86,13 @@ def test_subclasses_of_known_kinds_are_left_alone(kind: type[nn.Module]) -> None
 
 def test_unknown_layers_are_listed_and_never_touched() -> None:
     model = nn.ModuleList(
-        [nn.Bilinear(4, 4, 4), nn.Embedding(5, 4), nn.GRU(4, 4), nn.BatchNorm2d(4), nn.Linear(4, 4)]
+        [
+            nn.Bilinear(4, 4, 4),
+            nn.Embedding(5, 4),
+            nn.GRU(4, 4),
+            nn.LayerNorm([4, 1, 1]),
+            nn.Linear(4, 4),
+        ]
     )
     model.append(SinePositionalEncoding(4))
     plans = {p.name: p.reason for p in slope_mm.plan(model, W4)}

@@ -90,7 +90,8 @@ def find_weights(model: nn.Module) -> list[FoundWeight]:
         if kind is not None:
             obstacle = unheard.get(module) or _obstacle(module, 'weight')
             found.append(FoundWeight(names, module, 'weight', kind, compressed, obstacle))
-        elif not bare:
+        # A layer norm over [C, 1, 1] has vectors of three axes.
+        elif not bare and not isinstance(module, nn.LayerNorm):
             unknown = f'no compressed kind of {stock_type(module).__name__}'
             found += [
                 FoundWeight(
