@@ -17,7 +17,7 @@ Result = Mapping[str, Any]
 # What a stock failure is called in the summary, by what its message says.
 CAUSES = (
     (r'mmpretrain', 'needs mmpretrain'),
-    (r'transformers|nltk|language|[Bb]ert', 'needs transformers'),
+    (r'transformers|nltk|fairscale', 'needs transformers'),
     (r'skimage|scikit-image', 'needs scikit-image'),
     (r'detectron2', 'needs detectron2'),
     (r'No module named|not installed|motmetrics|is not defined', 'needs another package'),

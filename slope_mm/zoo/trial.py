@@ -67,6 +67,7 @@ def prepared(config: Config) -> Config:
         if isinstance(section.get('teacher_config'), str):
             inner = section['teacher_config'].split('configs/', 1)[-1]
             section['teacher_config'] = str(config_root() / inner)
+        if 'teacher_ckpt' in section:
             section['teacher_ckpt'] = None
         # Resizes batches at random, to sizes of several hundred pixels.
         if section.get('data_preprocessor', {}).get('batch_augments'):
@@ -163,9 +164,9 @@ def try_dense(
         The model, the images' side, the parameters that got a gradient, and the initial state.
 
     Raises:
-        DenseFailure: If it fails at every size; told is the first failure.
+        DenseFailure: If it fails at every size; told is the last failure, which no size explains.
     """
-    first: Exception | None = None
+    last: Exception | None = None
     for side in SIDES:
         try:
             with stage('dense', note):
@@ -178,10 +179,10 @@ def try_dense(
                 predict(dense, config, side)
             return dense, side, reached, state
         except Exception as error:
-            first = first or error
+            last = error
             if not might_want_more(error):
                 break
-    raise DenseFailure(one_line(first)) from first  # type: ignore[arg-type]
+    raise DenseFailure(one_line(last)) from last  # type: ignore[arg-type]
 
 
 def might_want_more(error: Exception) -> bool:

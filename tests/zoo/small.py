@@ -45,9 +45,7 @@ def shrunk(config: Config) -> Config:
     _limit(model, 'num_queries', 100)
     _limit(model, 'fc_out_channels', 64)
     _limit(model, 'num_groups', 8)
-    for part in ('encoder', 'decoder'):
-        if part in model:
-            model[part]['num_layers'] = 1
+    _limit(model, 'num_layers', 2)
     if not {'encoder', 'panoptic_head'} & model.keys():
         # Transformers' widths depend on each other in too many ways.
         for key in HEAD_KEYS:

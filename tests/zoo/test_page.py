@@ -106,6 +106,7 @@ def test_what_is_wrong_is_complained_about(change: dict[str, Any], said: str) ->
         ('ImportError: Failed to import custom modules from mmpretrain.models', 'needs mmpretrain'),
         ('RuntimeError: lap is not installed, please install it', 'needs another package'),
         ('RuntimeError: [enforce fail at alloc_cpu.cpp:121]', 'needs more than 8 GB'),
+        ('ImportError: please install it by: pip install transformers', 'needs transformers'),
         ('TypeError: missing an argument', 'stock fails'),
     ],
 )
