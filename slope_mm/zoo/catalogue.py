@@ -77,7 +77,7 @@ def read(path: Path) -> Config:
 def one_line(error: BaseException, length: int = 160) -> str:
     """An exception as ``Type: first line``, without paths of this machine."""
     said = str(error).strip().splitlines()
-    text = (said[0] if said else '').replace(str(config_root().parents[2]), '…')
+    text = ' '.join((said[0] if said else '').split()).replace(str(config_root().parents[2]), '…')
     return f'{type(error).__name__}: {text}'[:length].rstrip(': ')
 
 

@@ -164,6 +164,8 @@ def _page(rows: list[Result], versions: Mapping[str, str]) -> str:
         ' 8 GB at most for each config.',
         'SyncBN is BN and AMP is off in both twins, stages are not frozen, second stages train'
         ' on 32 regions; nothing is downloaded.',
+        'Models of mmpretrain and mmseg take the same way through `SlopeModel`; neither package was'
+        ' installed for this run, and none of their models was tried in it.',
         '',
         *summary(rows),
         '',
@@ -178,7 +180,7 @@ def _page(rows: list[Result], versions: Mapping[str, str]) -> str:
         " layer's content) has no range to learn.",
         '',
     ]
-    parts = [*head]
+    parts = [*head, *_short_of_the_goal(rows)]
     families = sorted({row['folder'] for row in rows})
     ran = [row for row in rows if row['status'] in ('runs', 'fails')]
     for family in families:
@@ -199,6 +201,20 @@ def _page(rows: list[Result], versions: Mapping[str, str]) -> str:
         parts += [f'- {_name(row)}: {row["reason"]}' for row in same]
         parts.append('')
     return '\n'.join(parts)
+
+
+def _short_of_the_goal(rows: Iterable[Result]) -> list[str]:
+    """What ran dense and is not as it should be compressed, each with its reason."""
+    lines = []
+    for row in rows:
+        name = f'{row["folder"]}/{_name(row)}'
+        if row['status'] == 'fails':
+            lines.append(f'- {name} fails: {row["reason"]}')
+        elif row['status'] == 'runs':
+            lines += [f'- {name}: {complaint}' for complaint in complaints(row)]
+            if accounted(row) < GOAL:
+                lines.append(f'- {name}: {row["compressed"]:.2%}; {_reasons(row["dense_left"])}')
+    return ['## Short of the goal', '', *(lines or ['Nothing.']), '']
 
 
 COLUMNS = (

@@ -67,6 +67,27 @@ def test_the_page_has_a_row_for_what_ran_and_a_reason_for_what_did_not(tmp_path:
     assert 'carafe_forward_impl' in page
 
 
+def test_what_falls_short_is_listed_with_its_reason(tmp_path: Path) -> None:
+    thin = {
+        **GOOD,
+        'config': 'new/new_r50.py',
+        'compressed': 0.9,
+        'dense_left': [['no compressed kind of NewConv', 0.1, 'neck']],
+    }
+    broken = {
+        **FAILED,
+        'config': 'bad/bad_r50.py',
+        'status': 'fails',
+        'reason': 'ValueError: bad',
+    }
+    write_page(tmp_path, {row['config']: row for row in (GOOD, thin, broken)})
+    page = (tmp_path / 'zoo.md').read_text()
+    short = page.split('## Short of the goal')[1].split('###')[0]
+    assert 'new_r50: 90.00%; no compressed kind of NewConv 10.00%' in short
+    assert 'bad_r50 fails: ValueError: bad' in short
+    assert 'fcos_r50' not in short
+
+
 def test_the_page_is_drawn_again_from_the_committed_results(tmp_path: Path) -> None:
     write_page(tmp_path, {GOOD['config']: GOOD})
     first = (tmp_path / 'zoo.md').read_text()
