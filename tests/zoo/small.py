@@ -45,7 +45,7 @@ def shrunk(config: Config) -> Config:
     _limit(model, 'num_queries', 100)
     _limit(model, 'fc_out_channels', 64)
     _limit(model, 'num_groups', 8)
-    _limit(model, 'num_layers', 2)
+    _shorten(model)
     if not {'encoder', 'panoptic_head'} & model.keys():
         # Transformers' widths depend on each other in too many ways.
         for key in HEAD_KEYS:
@@ -67,6 +67,15 @@ def _narrow(value: Any, wide: list[int]) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _narrow(inner, wide)
+
+
+def _shorten(value: Any) -> None:
+    """Leaves two layers of each transformer."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ('encoder', 'decoder', 'transformer_decoder') and 'num_layers' in inner:
+                inner['num_layers'] = 2
+            _shorten(inner)
 
 
 def _replace(value: Any, key: str, old: int, new: int) -> None:
