@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -38,6 +39,8 @@ LR_FACTOR = 1e-3
 SAMPLED = 64
 # Regions that a second stage trains on and looks at; their number changes no weight's part in it.
 REGIONS = 32
+# Layers whose random weights throw every box out of the image, where stock mmdet pastes no mask.
+QUIET = {'QueryInst': r'fc_reg\.weight$'}
 # SyncBN trains on GPUs alone, AMP too; both twins get what mmengine itself takes without one.
 ON_CPU = {'SyncBN': 'BN', 'MMSyncBN': 'BN', 'AmpOptimWrapper': 'OptimWrapper'}
 
@@ -132,12 +135,11 @@ def try_config(config: Config, note: Callable[..., None], pack: bool = True) -> 
         config.optim_wrapper = dict(
             type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)
         )
-    dense, side, reached, state = try_dense(config, note)
+    dense, side, reached, state, shared = try_dense(config, note)
     with stage('slope', note):
         slope: BaseModel = build_model(slope_config(config))
         slope.load_state_dict(state, strict=True)
         del state
-        shared = shared_names(dense)
         note(shared=len(shared), shared_kept=shared == shared_names(slope))
         note(**weight_shares(dense, slope))
         loss, trained = train_step(slope, slope_config(config), side)
@@ -157,11 +159,12 @@ def try_config(config: Config, note: Callable[..., None], pack: bool = True) -> 
 
 def try_dense(
     config: Config, note: Callable[..., None]
-) -> tuple[BaseModel, int, set[str], dict[str, Tensor]]:
+) -> tuple[BaseModel, int, set[str], dict[str, Tensor], set[frozenset[str]]]:
     """Builds, trains and predicts with the stock model, at the first image size that it takes.
 
     Returns:
-        The model, the images' side, the parameters that got a gradient, and the initial state.
+        The model, the images' side, the parameters that got a gradient, the initial state,
+        and the groups of shared modules.
 
     Raises:
         DenseFailure: If it fails at every size; told is the last failure, which no size explains.
@@ -171,13 +174,15 @@ def try_dense(
         try:
             with stage('dense', note):
                 dense = build(config)
+                # Some heads keep references to other modules once they have run.
+                shared = shared_names(dense)
                 note(params=sum(p.numel() for p in dense.parameters()), image=side)
                 state = {key: value.clone() for key, value in dense.state_dict().items()}
                 loss, reached = train_step(dense, config, side)
                 note(dense_loss=loss)
                 dense.zero_grad(set_to_none=True)
                 predict(dense, config, side)
-            return dense, side, reached, state
+            return dense, side, reached, state, shared
         except Exception as error:
             last = error
             if not might_want_more(error):
@@ -206,6 +211,12 @@ def build(config: Config) -> BaseModel:
     _seed()
     model: BaseModel = build_model(config)
     model.init_weights()
+    quiet = QUIET.get(str(config.model.get('arch', config.model.type)))
+    if quiet is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if re.search(quiet, name):
+                    parameter.mul_(0.01)
     return model
 
 
@@ -303,7 +314,9 @@ def check_bake(
     """
     if path is not None:
         slope_mm.save_packed(slope, path)
-    kept = {k: v for k, v in slope.state_dict().items() if '_act_' not in k.rpartition('.')[2]}
+    # Copies: mmcv's ConvAWS2d writes into its own tensors before it reads what it is given.
+    state = slope.state_dict().items()
+    kept = {key: x.clone() for key, x in state if '_act_' not in key.rpartition('.')[2]}
     slope.load_state_dict(kept, strict=True)
     layers = compressed_layers(slope)
     weights = {name: m.compressed_weight().detach().clone() for name, m in layers.items()}
