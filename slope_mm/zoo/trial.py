@@ -211,13 +211,15 @@ def build(config: Config) -> BaseModel:
     _seed()
     model: BaseModel = build_model(config)
     model.init_weights()
-    quiet = QUIET.get(str(config.model.get('arch', config.model.type)))
-    if quiet is not None:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if re.search(quiet, name):
-                    parameter.mul_(0.01)
+    _quieten(model, QUIET.get(str(config.model.get('arch', config.model.type))))
     return model
+
+
+@torch.no_grad()
+def _quieten(model: nn.Module, names: str | None) -> None:
+    for name, parameter in model.named_parameters() if names is not None else ():
+        if re.search(str(names), name):
+            parameter.mul_(0.01)
 
 
 def _seed() -> None:
