@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+from zoo.small import shrunk
 
+from slope_mm.convert import compressed_layers
+from slope_mm.engine.calibration import uncalibrated_layers
 from slope_mm.engine.launch import build_model
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.recipe import Recipe
+from slope_mm.zoo.catalogue import config_root
+from slope_mm.zoo.catalogue import read as read_stock
+from slope_mm.zoo.trial import build, predict, prepared, train_step
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TASKS = ('r50', 'r18_shapes', 'r18_nuclei')
@@ -27,11 +38,66 @@ ARMS: dict[str, tuple[str | None, int, int | None, str]] = {
     'naive_w4a4': ('2:4', 4, 4, 'none'),
     'l2_w4': ('2:4', 4, None, 'l2'),
 }
+# name: class, mmdet's config, what its published checkpoint is called
+DETECTORS: dict[str, tuple[str, str, str]] = {
+    'faster_rcnn_r50': (
+        'FasterRCNN',
+        'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        'faster_rcnn_r50_fpn_2x_coco',
+    ),
+    'cascade_mask_rcnn_r50': (
+        'CascadeRCNN',
+        'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+        'cascade_mask_rcnn_r50_fpn_20e_coco',
+    ),
+    'retinanet_r50': (
+        'RetinaNet',
+        'retinanet/retinanet_r50_fpn_1x_coco.py',
+        'retinanet_r50_fpn_2x_coco',
+    ),
+    'atss_r50': ('ATSS', 'atss/atss_r50_fpn_1x_coco.py', 'atss_r50_fpn_1x_coco'),
+    'fcos_r50': (
+        'FCOS',
+        'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py',
+        'fcos_center-normbbox-centeronreg-giou_r50_caffe_fpn_gn-head_1x_coco',
+    ),
+    'rtmdet_ins_s': (
+        'RTMDet',
+        'rtmdet/rtmdet-ins_s_8xb32-300e_coco.py',
+        'rtmdet-ins_s_8xb32-300e_coco',
+    ),
+    'mask2former_r50': (
+        'Mask2Former',
+        'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+        'mask2former_r50_8xb2-lsj-50e_coco',
+    ),
+    'mask2former_swin_t': (
+        'Mask2Former',
+        'mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py',
+        'mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco',
+    ),
+    'dino_r50': ('DINO', 'dino/dino-4scale_r50_8xb2-12e_coco.py', 'dino-4scale_r50_8xb2-12e_coco'),
+    'dino_swin_l': (
+        'DINO',
+        'dino/dino-5scale_swin-l_8xb2-12e_coco.py',
+        'dino-5scale_swin-l_8xb2-12e_coco',
+    ),
+}
+DETECTOR_ARMS = ('slope_w4', 'slope_w4a4')
 SHARED = ('load_from', 'train_cfg', 'param_scheduler', 'train_dataloader', 'randomness')
 
 
 def read(task: str, arm: str) -> Config:
     return Config.fromfile(CONFIGS / f'mask_rcnn_{task}_{arm}.py')
+
+
+@functools.cache
+def _detector(name: str, arm: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}_{arm}.py')
+
+
+def detector(name: str, arm: str) -> Config:
+    return copy.deepcopy(_detector(name, arm))
 
 
 def plain(value: Any) -> Any:
@@ -84,8 +150,83 @@ def test_the_flagship_recipe_compresses_nearly_everything(task: str) -> None:
     assert totals['ratio'] > 10
 
 
+@pytest.mark.parametrize('arm', DETECTOR_ARMS)
+@pytest.mark.parametrize('name', DETECTORS)
+def test_a_detector_config_says_only_what_slope_adds(name: str, arm: str) -> None:
+    arch, _, published = DETECTORS[name]
+    config, fp32 = detector(name, arm), detector(name, 'fp32')
+    recipe = Recipe.parse(config.model.recipe)
+    regularizer = Regularizer.parse(config.optim_wrapper.regularizer)
+    assert recipe.weight.sparsity is not None
+    pattern = recipe.weight.sparsity.name
+    assert (pattern, recipe.weight.bits, recipe.activation_bits, regularizer.type) == ARMS[arm]
+    assert published in config.load_from
+    for key in SHARED[:4]:
+        assert plain(config.get(key)) == plain(fp32.get(key)), key
+    model, stock = plain(config.model), plain(fp32.model)
+    model.pop('recipe')
+    assert (model.pop('type'), model.pop('arch')) == ('slope_mm.SlopeModel', arch)
+    assert stock.pop('type') == arch
+    assert model == stock
+    lines = (CONFIGS / f'{name}_{arm}.py').read_text().splitlines()
+    assert len(lines) <= 15
+
+
+@pytest.mark.parametrize('arm', ['fp32', *DETECTOR_ARMS])
+@pytest.mark.parametrize('name', DETECTORS)
+def test_a_detector_config_keeps_the_stock_optimizer_settings(name: str, arm: str) -> None:
+    ours = plain(detector(name, arm).optim_wrapper)
+    stock = plain(read_stock(config_root() / DETECTORS[name][1]).optim_wrapper)
+    for key in ('type', 'paramwise_cfg', 'clip_grad', 'accumulative_counts'):
+        if key == 'clip_grad' and stock.get(key) is None:
+            continue
+        assert ours.get(key) == stock.get(key), key
+    slower = ours['optimizer'].pop('lr') < stock['optimizer'].pop('lr')
+    assert slower
+    assert ours['optimizer'] == stock['optimizer']
+
+
+@pytest.mark.parametrize('arm', DETECTOR_ARMS)
+@pytest.mark.parametrize('name', DETECTORS)
+def test_a_detector_config_builds_steps_and_predicts(name: str, arm: str) -> None:
+    config = shrunk(prepared(detector(name, arm)))
+    model = build(config)
+    # DINO chooses its queries among the cells of the pyramid.
+    side = 128 if config.model.arch == 'DINO' else 64
+    loss, reached = train_step(model, config, side)
+    assert math.isfinite(loss)
+    steps = {key for key, p in model.named_parameters() if '.slope_' in key and p.requires_grad}
+    blank = {f'{key}.slope_act_step' for key in uncalibrated_layers(model)}
+    assert steps - blank <= reached
+    assert len(predict(model, config, side)) == 1
+    layers = compressed_layers(model)
+    offsets = [layer for key, layer in layers.items() if key.endswith('sampling_offsets')]
+    assert bool(offsets) == (config.model.arch in ('DINO', 'Mask2Former'))
+    assert all(layer.slope_spec.bits == 8 for layer in offsets)
+    if arm == 'slope_w4a4':
+        check_parameter_groups(name, model, config)
+
+
+def check_parameter_groups(name: str, model: nn.Module, config: Config) -> None:
+    """Learning rate and weight decay of each stock parameter, with our constructor and without."""
+    stock = shrunk(prepared(detector(name, 'fp32')))
+    expected = _settings(build_model(stock), stock)
+    found = _settings(model, config)
+    steps = {key: found.pop(key) for key in list(found) if '.slope_' in key}
+    assert found == expected
+    assert steps
+    assert {decay for _, decay in steps.values()} == {0.0}
+
+
+def _settings(model: nn.Module, config: Config) -> dict[str, tuple[float, float]]:
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    of = {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
+    return {name: of[id(p)] for name, p in model.named_parameters() if id(p) in of}
+
+
 def test_every_config_file_is_an_arm_a_start_or_a_base() -> None:
     names = {path.stem for path in CONFIGS.glob('*.py')}
     arms = {f'mask_rcnn_{task}_{arm}' for task in TASKS for arm in (*ARMS, 'fp32')}
+    detectors = {f'{name}_{arm}' for name in DETECTORS for arm in (*DETECTOR_ARMS, 'fp32')}
     starts = {'mask_rcnn_r18_shapes_scratch', 'mask_rcnn_r18_nuclei_scratch'}
-    assert names == arms | starts
+    assert names == arms | detectors | starts

@@ -1,0 +1,135 @@
+"""Dummy batches: what a detector's training and prediction want to be given, and small."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.testing import demo_mm_inputs, demo_mm_proposals, demo_track_inputs
+from mmengine.config import Config
+from mmengine.structures import PixelData
+
+from slope_mm.benchmark.detectors import classes_of
+
+IMAGES = 2
+BOXES = 4
+# Image sides that are tried, in pixels: some heads want more levels or cells than the first gives.
+SIDES = (64, 128, 320)
+# Stride of the semantic map that a part wants.
+SEMANTIC: dict[str, int] = {
+    'FusedSemanticHead': 8,
+    'SCNetSemanticHead': 8,
+    'PanopticFPNHead': 4,
+    'MaskFormerFusionHead': 1,
+}
+VIDEO = ('QDTrack', 'MaskTrackRCNN', 'Mask2FormerVideo')
+
+
+def types_of(section: Any) -> set[str]:
+    """All ``type`` names in a config section, and what a SlopeModel was."""
+    if isinstance(section, dict):
+        own = {str(section[key]) for key in ('type', 'arch') if key in section}
+        return own.union(*map(types_of, section.values()))
+    if isinstance(section, (list, tuple)):
+        return set().union(*map(types_of, section))
+    return set()
+
+
+def training_batch(config: Config, side: int) -> dict[str, Any]:
+    """A batch as the model's training dataloader would collate it.
+
+    Args:
+        config: A stock config, or one with a SlopeModel.
+        side: Side of its square images, in pixels.
+
+    Returns:
+        ``inputs`` and ``data_samples``: images of noise with boxes, masks, semantic maps and
+        proposals; clips for models of videos; branches for semi-supervised ones.
+    """
+    used = types_of(config.model)
+    if used & set(VIDEO):
+        return _clips(config, side)
+    if 'SoftTeacher' in used:
+        names = ('sup', 'unsup_teacher', 'unsup_student')
+        branches = {name: _images(config, side) for name in names}
+        return {
+            key: {name: branch[key] for name, branch in branches.items()}
+            for key in ('inputs', 'data_samples')
+        }
+    return _images(config, side)
+
+
+def prediction_batch(config: Config, side: int) -> dict[str, Any]:
+    """A batch of one image or clip, as the test dataloader would collate it."""
+    used = types_of(config.model)
+    batch = _clips(config, side) if used & set(VIDEO) else _images(config, side)
+    return {key: value[:1] for key, value in batch.items()}
+
+
+def _images(config: Config, side: int) -> dict[str, Any]:
+    used = types_of(config.model)
+    classes = max(classes_of(config), 1)
+    batch: dict[str, Any] = demo_mm_inputs(
+        IMAGES,
+        [(3, side, side)] * IMAGES,
+        num_items=[BOXES] * IMAGES,
+        # It draws labels from 1 on.
+        num_classes=max(classes, 2),
+        with_mask=True,
+    )
+    stride = max([SEMANTIC[kind] for kind in SEMANTIC if kind in used], default=0)
+    draw = np.random.RandomState(1)
+    for sample in batch['data_samples']:
+        sample.set_metainfo(
+            dict(
+                batch_input_shape=(side, side),
+                pad_shape=(side, side),
+                scale_factor=(1.0, 1.0),
+                homography_matrix=np.eye(3, dtype=np.float32),
+            )
+        )
+        sample.gt_instances.labels %= classes
+        # The test above drew them anywhere; training wants boxes with an area.
+        sample.gt_instances.bboxes = _with_area(sample.gt_instances.bboxes, side)
+        if stride:
+            shape = (1, side // stride, side // stride)
+            values = draw.randint(0, classes, shape)
+            sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(values).long())
+        if 'FastRCNN' in used:
+            sample.proposals = demo_mm_proposals([(3, side, side)], 20)[0]
+    return batch
+
+
+def _with_area(boxes: torch.Tensor, side: int) -> torch.Tensor:
+    boxes = boxes.clone()
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + side / 8).clamp(max=side)
+    boxes[:, :2] = torch.minimum(boxes[:, :2], boxes[:, 2:] - side / 8).clamp(min=0)
+    return boxes
+
+
+def _clips(config: Config, side: int) -> dict[str, Any]:
+    batch: dict[str, Any] = demo_track_inputs(
+        batch_size=1,
+        num_frames=2,
+        key_frames_inds=[0],
+        image_shapes=(3, side, side),
+        num_items=[BOXES],
+        num_classes=1,
+        with_mask=True,
+    )
+    for clip in batch['data_samples']:
+        for sample in clip.video_data_samples:
+            found = sample.gt_instances
+            found.bboxes = _with_area(found.bboxes, side)
+            # The same objects in every frame.
+            found.instances_ids = torch.arange(len(found.bboxes))
+            sample.set_metainfo(
+                dict(
+                    batch_input_shape=(side, side),
+                    pad_shape=(side, side),
+                    scale_factor=(1.0, 1.0),
+                )
+            )
+    return copy.deepcopy(batch)
