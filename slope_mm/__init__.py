@@ -1,8 +1,9 @@
 """SLOPE for stock OpenMMLab detection: N:M sparse, 2 to 4 bit, trained with a cosine regularizer.
 
-Importing the package registers its plug-ins with mmengine and makes checkpoint loading safe. Where
-torch or an mm* package is missing or unusable, packed files can be read all the same
-(``read_packed``), and everything else says what is missing when it is asked for.
+Importing the package registers its plug-ins with mmengine, and makes checkpoints safe to read and
+whole when they are written. Where torch or an mm* package is missing or unusable, packed files can
+be read all the same (``read_packed``), and everything else says what is missing when it is asked
+for.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from slope_mm.errors import (
     PackedFileError,
     RecipeError,
     SlopeError,
+    StorageError,
     TensorError,
 )
 from slope_mm.version import __version__
@@ -32,15 +34,21 @@ else:
     from slope_mm.engine import (
         EpochSeedHook,
         SlopeAmpOptimWrapper,
+        SlopeBatchNormHook,
         SlopeCalibrationHook,
+        SlopeCheckpointHook,
+        SlopeDistillationHook,
         SlopeExportHook,
+        SlopeFiniteHook,
         SlopeModel,
         SlopeMonitorHook,
         SlopeOptimWrapper,
         SlopeOptimWrapperConstructor,
         SlopeScheduleHook,
+        SlopeStepInitHook,
         calibrate,
         install_checkpoint_loader,
+        install_file_backend,
         load_packed,
         regularization,
     )
@@ -49,6 +57,7 @@ else:
     from slope_mm.recipe import Recipe
 
     install_checkpoint_loader()
+    install_file_backend()
 
 __all__ = [
     'CheckpointError',
@@ -62,14 +71,20 @@ __all__ = [
     'RecipeError',
     'Report',
     'SlopeAmpOptimWrapper',
+    'SlopeBatchNormHook',
     'SlopeCalibrationHook',
+    'SlopeCheckpointHook',
+    'SlopeDistillationHook',
     'SlopeError',
     'SlopeExportHook',
+    'SlopeFiniteHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',
     'SlopeOptimWrapperConstructor',
     'SlopeScheduleHook',
+    'SlopeStepInitHook',
+    'StorageError',
     'TensorError',
     '__version__',
     'bake',

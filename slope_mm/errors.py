@@ -30,6 +30,10 @@ class DataError(SlopeError, RuntimeError):
     """A data set is missing, incomplete, or other than asked for."""
 
 
+class StorageError(SlopeError, OSError):
+    """A file cannot be written: the disk is full or read-only, or a right is missing."""
+
+
 class ConfigError(SlopeError, ValueError):
     """A config cannot be run as it is."""
 

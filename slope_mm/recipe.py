@@ -16,7 +16,14 @@ from typing import Any
 
 from slope_mm.errors import RecipeError, nearest
 from slope_mm.layers import LayerSpec
-from slope_mm.ops import GRADIENTS, Pattern, check_bits, parse_pattern, weight_codes
+from slope_mm.ops import (
+    GRADIENTS,
+    NMPattern,
+    Pattern,
+    check_bits,
+    parse_pattern,
+    weight_codes,
+)
 
 STEPS = ('channel', 'tensor')
 ORDERS = ('s_then_q', 'q_then_s')
@@ -132,6 +139,8 @@ class Recipe:
             _choice(given.get('order', 's_then_q'), ORDERS, "the recipe's order"),
             tuple(_rule(rule, index) for index, rule in enumerate(rules)),
         )
+        for rule in (Rule(''), *parsed.rules):
+            _check_soft(parsed.spec(rule), rule)
         asked = [weight.sparsity, weight.bits, parsed.activation_bits]
         for rule in parsed.rules:
             asked += [rule.weight.get(key) for key in ('sparsity', 'bits')]
@@ -188,6 +197,18 @@ class Recipe:
             rule.gradient or self.gradient,
             rule.order or self.order,
             rule.reason,
+        )
+
+
+def _check_soft(spec: LayerSpec | None, rule: Rule) -> None:
+    """The soft gradient looks at the groups of a mask that is found while W is compressed."""
+    if spec is None or spec.gradient != 'soft' or spec.pattern is None:
+        return
+    if not isinstance(spec.pattern, NMPattern) or spec.order != 's_then_q':
+        where = f'the rule match={rule.match!r}' if rule.match else 'the recipe'
+        raise RecipeError(
+            f"{where} combines gradient='soft' with {spec.pattern.name}, {spec.order}; it needs an"
+            " N:M pattern and order='s_then_q'"
         )
 
 

@@ -5,13 +5,16 @@ child registry of that scope, which falls back to its parent. Everything of ours
 mmengine's root registries, so the children below stay empty and only give the scope a name.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
-_LOCATIONS = ['slope_mm.engine', 'slope_mm.export.detector']
+_LOCATIONS = ['slope_mm.engine', 'slope_mm.export.detector', 'slope_mm.classification']
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='slope_mm', locations=_LOCATIONS)
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='slope_mm', locations=_LOCATIONS)
@@ -24,3 +27,8 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='slope_mm',
     locations=_LOCATIONS,
 )
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='slope_mm', locations=_LOCATIONS)
+TRANSFORMS = Registry(
+    'transform', parent=MMENGINE_TRANSFORMS, scope='slope_mm', locations=_LOCATIONS
+)
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='slope_mm', locations=_LOCATIONS)

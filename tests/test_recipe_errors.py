@@ -112,6 +112,14 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
         rules(dict(match='head', activation=dict(bits=0))),
         ["(match='head')'s activation", 'bits=0'],
     ),
+    'soft gradient without groups': (
+        dict(weight=dict(sparsity='unstructured:0.5', bits=4), gradient='soft'),
+        ["gradient='soft' with unstructured:0.5", 'needs an N:M pattern'],
+    ),
+    'soft gradient of the other order': (
+        rules(dict(match='head', gradient='soft', order='q_then_s')),
+        ["the rule match='head' combines gradient='soft'", "order='s_then_q'"],
+    ),
     'bad gradient in a rule': (
         rules(dict(match='head', gradient='st')),
         ["(match='head'): gradient is 'st'", "nearest: 'ste'"],

@@ -285,6 +285,22 @@ class ToyImages(torch.utils.data.Dataset):
         }
 
 
+@DATASETS.register_module(force=True)
+class SpoiltImages(ToyImages):
+    """Toy images of which some hold NaN (or another value), in the image or in its target."""
+
+    def __init__(
+        self, spoilt: tuple[int, ...] = (), key: str = 'image', value: Any = 'nan'
+    ) -> None:
+        self.spoilt, self.key, self.value = spoilt, key, value
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        if index in self.spoilt:
+            item[self.key].view(-1)[3] = float(self.value)
+        return item
+
+
 def toy_config(work_dir: Path | str, batch_size: int = 4, **options: Any) -> Config:
     """A config that trains :class:`ToyNet` for two iterations of plain SGD, without a shuffle."""
     config = Config(

@@ -1,4 +1,4 @@
-# Study 5: gradients, mask refresh and freezing, code sets, step granularity.
+# Study 5: gradients, mask refresh and freezing, code sets, step granularity, first steps.
 _base_ = '../_base_/studies/shapes_short.py'
 title = 'Gradients, masks, code sets and steps'
 seeds = [0, 1, 2]
@@ -11,7 +11,7 @@ def _weight(bits=2, **more):
 arms = [dict(name='fp32'), dict(name='2:4 W2', recipe=dict(weight=_weight()))]
 arms += [
     dict(name=f'gradient {_g}', recipe=dict(weight=_weight(), gradient=_g))
-    for _g in ('sr_ste', 'masked')
+    for _g in ('sr_ste', 'masked', 'soft')
 ]
 arms += [
     dict(name=_name, recipe=dict(weight=_weight()), schedule=_schedule)
@@ -29,6 +29,17 @@ arms += [
     dict(name=f'one step a tensor W{_b}', recipe=dict(weight=_weight(_b, step='tensor')))
     for _b in (2, 4)
 ]
+# Beside the default, a search over clip ranges followed by least squares.
+_firsts = {'formula': 'lsq', 'least squares': 'least_squares'}
+arms += [
+    dict(
+        name=f'first step by {_name} W{_b}',
+        recipe=dict(weight=_weight(_b)),
+        options={'slope_hooks': [dict(type='slope_mm.SlopeStepInitHook', method=_method)]},
+    )
+    for _b in (2, 4)
+    for _name, _method in _firsts.items()
+]
 tables = [
     dict(
         title='Gradients and masks, 2:4 W2',
@@ -44,6 +55,12 @@ tables = [
             reference='fp32',
         )
         for _b in (2, 3, 4)
+    ),
+    dict(
+        title='First steps by other rules than the search',
+        pairs=[
+            [f'first step by {_name} W{_b}', f'lsq W{_b}'] for _b in (2, 4) for _name in _firsts
+        ],
     ),
     dict(
         title='Steps by tensor against steps by channel',
@@ -66,6 +83,7 @@ figures = [
             'ste': ['2:4 W2'],
             'sr_ste': ['gradient sr_ste'],
             'masked': ['gradient masked'],
+            'soft': ['gradient soft'],
             'every 25': ['masks every 25 iterations'],
             'frozen at half time': ['masks frozen at half time'],
             'ramp until half time': ['from dense *'],

@@ -15,7 +15,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slope_mm.layers import CompressedLayer, Projection, composite_kind, layer_kind, stock_type
+from slope_mm.convert import compressed_layers
+from slope_mm.layers import (
+    CompressedLayer,
+    LayerSpec,
+    Projection,
+    composite_kind,
+    layer_kind,
+    stock_type,
+)
 
 FLOAT_BITS = 32
 
@@ -49,27 +57,28 @@ def layer_macs(layer: nn.Module, inputs: Tensor, output: Tensor | list[Tensor]) 
     return sum(one.numel() for one in outputs) * weight[0].numel()
 
 
-def layer_bops(layer: nn.Module, macs: int) -> float:
-    """Bit operations of that many multiply-accumulates in a layer."""
-    if not isinstance(layer, CompressedLayer):
+def spec_bops(spec: LayerSpec | None, macs: int) -> float:
+    """Bit operations of multiply-accumulates under a spec; None for a layer that stays as it is."""
+    if spec is None:
         return float(macs * FLOAT_BITS * FLOAT_BITS)
-    spec = layer.slope_spec
     density = 1.0 if spec.pattern is None else spec.pattern.density
     return macs * density * (spec.bits or FLOAT_BITS) * (spec.activation_bits or FLOAT_BITS)
 
 
 @contextmanager
-def _counting(model: nn.Module) -> Iterator[list[tuple[nn.Module, int]]]:
-    calls: list[tuple[nn.Module, int]] = []
+def _counting(model: nn.Module) -> Iterator[list[tuple[str, int]]]:
+    calls: list[tuple[str, int]] = []
+    names = {module: name for name, module in model.named_modules()}
 
     def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        calls.append((layer, layer_macs(layer, inputs[0], output)))
+        calls.append((names[layer], layer_macs(layer, inputs[0], output)))
 
     def count_within(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         kind = composite_kind(stock_type(module))
-        calls.extend(kind.products(module, args, kwargs, output) if kind is not None else ())
+        for part, macs in kind.products(module, args, kwargs, output) if kind is not None else ():
+            calls.append((f'{names[module]}.{part}'.lstrip('.'), macs))
 
     handles, counted = [], set()
     for module in model.modules():
@@ -98,5 +107,24 @@ def count_operations(model: nn.Module, forward: Callable[[], Any]) -> Operations
     """
     with _counting(model) as calls:
         forward()
-    macs = sum(count for _, count in calls)
-    return Operations(macs, sum(layer_bops(layer, count) for layer, count in calls))
+    layers: dict[str, CompressedLayer] = compressed_layers(model)
+    bops = sum(
+        spec_bops(layers[name].slope_spec if name in layers else None, count)
+        for name, count in calls
+    )
+    return Operations(sum(count for _, count in calls), bops)
+
+
+def macs_by_layer(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
+    """The same count, layer by layer, by name; a layer that did not run is not in it.
+
+    Args:
+        model: As for :func:`count_operations`.
+        forward: Runs the model on some input.
+    """
+    with _counting(model) as calls:
+        forward()
+    macs: dict[str, int] = {}
+    for name, count in calls:
+        macs[name] = macs.get(name, 0) + count
+    return macs

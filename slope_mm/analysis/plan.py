@@ -99,25 +99,26 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
         dict(type='slope_mm.EpochSeedHook'),
         dict(type='slope_mm.SlopeCalibrationHook'),
         dict(type='slope_mm.SlopeScheduleHook'),
+        dict(type='slope_mm.SlopeFiniteHook'),
         dict(type='slope_mm.SlopeMonitorHook'),
     ]
     constructor = config.optim_wrapper.get('constructor') if 'optim_wrapper' in config else None
     base = f'    base_constructor={constructor!r},\n' if constructor else ''
     lines = [
-        f'_base_ = [{_base(stock_path, out)!r}]\n',
+        f'_base_ = [{base_path(stock_path, out)!r}]\n',
         'model = dict(\n',
         "    type='slope_mm.SlopeModel',\n",
         f'    arch={config.model.type!r},\n',
         unfrozen,
-        f'    recipe={_literal(recipe["recipe"])},\n',
+        f'    recipe={literal(recipe["recipe"])},\n',
         ')\n',
         'optim_wrapper = dict(\n',
         "    constructor='slope_mm.SlopeOptimWrapperConstructor',\n",
         base,
-        f'    regularizer={_literal(recipe["regularizer"])},\n',
+        f'    regularizer={literal(recipe["regularizer"])},\n',
         ')\n',
         'custom_hooks = [\n',
-        *(f'    {_literal(hook)},\n' for hook in hooks),
+        *(f'    {literal(hook)},\n' for hook in hooks),
         ']\n',
         '# Start from a trained detector: its checkpoint or URL.\n',
         f'load_from = {config.get("load_from")!r}\n',
@@ -125,7 +126,8 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
     return ''.join(lines)
 
 
-def _base(stock_path: str, out: Path) -> str:
+def base_path(stock_path: str, out: Path) -> str:
+    """What a config that lies at ``out`` writes into ``_base_`` to inherit from another one."""
     if '::' in stock_path:
         return stock_path
     for parent in Path(stock_path).resolve().parents:
@@ -135,12 +137,12 @@ def _base(stock_path: str, out: Path) -> str:
     return Path(os.path.relpath(Path(stock_path).resolve(), out.resolve().parent)).as_posix()
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A value the way configs are written: ``dict(key=value)``."""
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and key.isidentifier() for key in value):
-            return 'dict(' + ', '.join(f'{k}={_literal(v)}' for k, v in value.items()) + ')'
-        return '{' + ', '.join(f'{k!r}: {_literal(v)}' for k, v in value.items()) + '}'
+            return 'dict(' + ', '.join(f'{k}={literal(v)}' for k, v in value.items()) + ')'
+        return '{' + ', '.join(f'{k!r}: {literal(v)}' for k, v in value.items()) + '}'
     if isinstance(value, list):
-        return '[' + ', '.join(map(_literal, value)) + ']'
+        return '[' + ', '.join(map(literal, value)) + ']'
     return repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from slope_mm.analysis.metrics import layer_metrics
 from slope_mm.analysis.size import StoredBits, own_tensors, stored_bits, tensor_bits
 from slope_mm.convert import LayerPlan, pattern_name, plan
+from slope_mm.errors import StorageError
 from slope_mm.layers import FoundWeight, LayerSpec, Projection, find_weights, stock_type
 from slope_mm.layers.find import is_table
 from slope_mm.recipe import Recipe
+from slope_mm.wholefile import write_whole
 
 COLUMNS = (
     'name',
@@ -136,13 +139,19 @@ class Report:
 
     def to_csv(self, path: str | Path) -> None:
         """Writes one row a layer."""
-        with Path(path).open('w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for row in self.rows:
-                cells = row.cells()
-                cells[2] = 'x'.join(map(str, row.shape))
-                writer.writerow(['' if cell is None else cell for cell in cells])
+        text = io.StringIO(newline='')
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        for row in self.rows:
+            cells = row.cells()
+            cells[2] = 'x'.join(map(str, row.shape))
+            writer.writerow(['' if cell is None else cell for cell in cells])
+        try:
+            write_whole(path, text.getvalue().encode())
+        except OSError as error:
+            raise StorageError(
+                f"the report '{path}' cannot be written ({error.strerror}); choose another place"
+            ) from error
 
     def __str__(self) -> str:
         header = ('layer', 'kind', 'shape', 'pattern', 'W', 'A', 'cosine', 'SQNR dB', 'kB', 'note')

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from slope_mm.ops import NMPattern, compress_with_powers, mse_init_step, regularize, weight_codes
-from slope_mm.ops.compiled_pass import compiled
+from slope_mm.ops.fused import fused
 
 SHAPE = (512, 512, 3, 3)
 PATTERNS = ('2:4', '1:4', '2:8', '4:8', '2:16')
@@ -24,13 +24,13 @@ class _Case:
         self.codes = weight_codes('lsq', bits)
         self.step = mse_init_step(self.weight, self.codes).requires_grad_()
 
-    def ours(self, pattern: str, fused: bool = False) -> Callable[[], Any]:
+    def ours(self, pattern: str, kernels: bool = False) -> Callable[[], Any]:
         """Mask, quantizer and cosine regularizer, forward and backward."""
         n, m = map(int, pattern.split(':'))
 
         def run() -> None:
             self.weight.grad = self.step.grad = None
-            with compiled(fused):
+            with fused(kernels):
                 weight, powers = compress_with_powers(
                     self.weight, self.step, self.codes, pattern=NMPattern(n, m), check_finite=True
                 )
@@ -122,7 +122,7 @@ def layer_arms(
     case = _Case(shape, device)
     arms = {f'slope_mm {pattern}': case.ours(pattern) for pattern in PATTERNS}
     if with_compiled:
-        arms['slope_mm 2:4 compiled'] = case.ours('2:4', fused=True)
+        arms['slope_mm 2:4 compiled'] = case.ours('2:4', kernels=True)
     arms['plain autograd 2:4'] = case.plain_autograd()
     copied = torch.empty_like(case.weight.detach())
     arms['one copy of the weight'] = lambda: copied.copy_(case.weight.detach())

@@ -10,10 +10,15 @@ from slope_mm.engine.calibration import calibrate
 from slope_mm.engine.checkpoint import install as install_checkpoint_loader
 from slope_mm.engine.hooks import (
     EpochSeedHook,
+    SlopeBatchNormHook,
     SlopeCalibrationHook,
+    SlopeCheckpointHook,
+    SlopeDistillationHook,
     SlopeExportHook,
+    SlopeFiniteHook,
     SlopeMonitorHook,
     SlopeScheduleHook,
+    SlopeStepInitHook,
 )
 from slope_mm.engine.model import SlopeModel
 from slope_mm.engine.optim_wrapper import (
@@ -24,20 +29,27 @@ from slope_mm.engine.optim_wrapper import (
 )
 from slope_mm.engine.packed import load_packed
 from slope_mm.engine.regularization import regularization
+from slope_mm.engine.storage import install as install_file_backend
 
 __all__ = [
     'EpochSeedHook',
     'RegularizedOptimWrapper',
     'SlopeAmpOptimWrapper',
+    'SlopeBatchNormHook',
     'SlopeCalibrationHook',
+    'SlopeCheckpointHook',
+    'SlopeDistillationHook',
     'SlopeExportHook',
+    'SlopeFiniteHook',
     'SlopeModel',
     'SlopeMonitorHook',
     'SlopeOptimWrapper',
     'SlopeOptimWrapperConstructor',
     'SlopeScheduleHook',
+    'SlopeStepInitHook',
     'calibrate',
     'install_checkpoint_loader',
+    'install_file_backend',
     'load_packed',
     'regularization',
 ]

@@ -13,8 +13,10 @@ import torch
 from mmengine.dist import all_gather, get_world_size
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from slope_mm.convert import compressed_layers
+from slope_mm.errors import DataError
 from slope_mm.layers import CompressedLayer
 from slope_mm.layers.activation import MAX_SAMPLES
 
@@ -110,6 +112,54 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     return before - len(uncalibrated_layers(model))
 
 
+def evenly_spread_batches(
+    loader: DataLoader, batches: int, rank: int = 0, world: int = 1
+) -> Iterator[Any]:
+    """Batches of images spread evenly over a data set, past the loader's own order.
+
+    Args:
+        loader: A dataloader; its data set, batch size and collation are used.
+        batches: Batches of this rank.
+        rank: Whose batches; every rank gets others.
+        world: Number of ranks.
+
+    Yields:
+        Collated batches.
+
+    Raises:
+        DataError: If the data set is empty, or an image cannot be used; it is named.
+    """
+    # A loader with a batch sampler of its own has no batch size.
+    batch_size: Any = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    size = int(batch_size)
+    dataset: Any = loader.dataset
+    wanted, length = batches * size * world, len(dataset)
+    if not length:
+        raise DataError(
+            'calibration: the training data set is empty; check its annotation file, its classes'
+            ' (metainfo) and its filter_cfg'
+        )
+    for batch in range(batches):
+        first = (batch * world + rank) * size
+        indices = [(first + i) * length // wanted % length for i in range(size)]
+        yield loader.collate_fn([_item(dataset, index) for index in indices])
+
+
+def _item(dataset: Any, index: int) -> Any:
+    """An item of a data set; what it raises comes back with the image's name."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+        name = info.get('img_path', f'item {index}')
+        reason = str(error).strip().splitlines() or ['no reason given']
+        raise DataError(
+            f"calibration: '{name}' of the training data cannot be used"
+            f' ({type(error).__name__}: {reason[-1][:200]}); mend it, or take it out of the'
+            ' annotation file'
+        ) from error
+
+
 class FirstBatchCalibration:
     """A forward pre-hook: calibrates what no hook calibrated, on the first training batch.
 
@@ -130,7 +180,7 @@ class FirstBatchCalibration:
         if self.done or (self.iteration > 10 and self.iteration & (self.iteration - 1)):
             return
         # Heads may write into the data samples.
-        args, kwargs = _copied_samples(args), _copied_samples(kwargs)
+        args, kwargs = copied_samples(args), copied_samples(kwargs)
         with undisturbed(model), observing(model):
             model.forward(*args, **kwargs)
 
@@ -141,9 +191,10 @@ def is_training_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return model.training and torch.is_grad_enabled() and mode == 'loss'
 
 
-def _copied_samples(container: Any) -> Any:
+def copied_samples(container: Any) -> Any:
+    """A batch whose data samples are copies: heads may write into them. Tensors are shared."""
     if isinstance(container, dict):
-        return {key: _copied_samples(value) for key, value in container.items()}
+        return {key: copied_samples(value) for key, value in container.items()}
     if isinstance(container, (list, tuple)):
-        return type(container)(_copied_samples(value) for value in container)
+        return type(container)(copied_samples(value) for value in container)
     return container if isinstance(container, (Tensor, str)) else copy.deepcopy(container)

@@ -7,6 +7,7 @@ mistakes that can be found are found before that.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from mmengine.registry import (
     RUNNERS,
     init_default_scope,
 )
-from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 from slope_mm.convert import compressed_layers
@@ -33,6 +34,7 @@ from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.fit import check_fit
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
+from slope_mm.engine.storage import latest_checkpoint
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
 
 
@@ -115,17 +117,24 @@ def use_auto_scale_lr(config: Config) -> None:
 def use_resume(config: Config, resume: str | None) -> None:
     """``--resume [auto|PATH]``: continues a run.
 
-    ``auto`` takes the newest checkpoint of the work directory; where there is none yet, training
-    starts as it would without the flag.
+    ``auto`` takes the newest complete checkpoint of the work directory; where there is none yet,
+    training starts as it would without the flag.
     """
     if resume is None:
         return
     if resume != 'auto':
         config.resume, config.load_from = True, resume
         return
-    latest = find_latest_checkpoint(config.work_dir) if os.path.isdir(config.work_dir) else None
+    latest = latest_checkpoint(config.work_dir, _checkpoint_folder(config))
     if latest is not None:
         config.resume, config.load_from = True, latest
+
+
+def _checkpoint_folder(config: Config) -> str:
+    hook = (config.get('default_hooks') or {}).get('checkpoint') or {}
+    if hook.get('out_dir') is None:
+        return str(config.work_dir)
+    return os.path.join(hook['out_dir'], os.path.basename(config.work_dir.rstrip(os.sep)))
 
 
 def use_launcher(config: Config, launcher: str) -> None:
@@ -195,11 +204,35 @@ def build_model(config: Config) -> nn.Module:
     Raises:
         SlopeError: If the model section or its recipe is invalid.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    scope = config.get('default_scope', 'mmdet')
+    check_scope(scope)
+    init_default_scope(scope)
     if 'type' not in config.get('model', {}):
         raise ConfigError("the config has no model with a 'type'; inherit from a detector's config")
     # Stock detectors write into the config that they are built from.
     return MODELS.build(copy.deepcopy(config.model))
+
+
+def check_scope(scope: str) -> None:
+    """Imports the package that a config takes its types from.
+
+    Raises:
+        ConfigError: If it is missing or cannot be imported.
+    """
+    # mmpretrain meets torchvision in its models alone.
+    for name in (scope, f'{scope}.models'):
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError) as error:
+            own = name != scope or scope in MODELS.children
+            if own and getattr(error, 'name', None) == name:
+                # A project's own registry, or a package without such a part.
+                continue
+            # RuntimeError: a torchvision built for another torch (docs/classification.md).
+            raise ConfigError(
+                f"the config's default_scope is '{scope}', and this package cannot be imported:"
+                f' {str(error).splitlines()[0]}; install it, or mend what it needs'
+            ) from None
 
 
 def check_optim_wrapper(settings: Mapping[str, Any]) -> None:
@@ -247,7 +280,9 @@ def check_data(loader: Mapping[str, Any] | None, name: str) -> None:
     for dataset in _datasets((loader or {}).get('dataset')):
         root = str(dataset.get('data_root') or '')
         prefix = dataset.get('data_prefix') or {}
-        wanted = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else ())]
+        # mmpretrain writes one prefix as a string.
+        prefixes = prefix.values() if isinstance(prefix, Mapping) else (prefix,)
+        wanted = [dataset.get('ann_file'), *prefixes]
         for part in wanted:
             if not isinstance(part, str) or '://' in root + part:
                 continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -15,7 +15,7 @@ from slope_mm.convert import compressed_layers
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.layers import CompressedLayer
-from slope_mm.ops import compiled_pass
+from slope_mm.ops import fused
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
 # them.
@@ -39,6 +39,19 @@ def check_step_limit(limit: float) -> float:
     return float(limit)
 
 
+class Guard(Protocol):
+    """Says whether a loss and gradients may be used; may raise instead."""
+
+    def admits_loss(self, loss: Tensor) -> bool: ...
+
+    def admits_gradients(self) -> bool: ...
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    norms = [torch.linalg.vector_norm(x.float()) for x in tensors if x is not None]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 class RegularizedOptimWrapper(OptimWrapper):
     """Mixin of an optim wrapper that adds ``weight * L_reg`` to each loss.
 
@@ -49,11 +62,20 @@ class RegularizedOptimWrapper(OptimWrapper):
         regularizer: What is added.
         step_limit: Largest relative change of a quantization step in one update.
         last_regularization: ``weight * L_reg`` of the latest step, detached; None before it.
+        guard: Who is asked whether a loss and its gradients may be used (SlopeFiniteHook).
+        watch_gradients: Whether the next step measures ``gradient_ratio``, at the price of two
+            backward passes.
+        gradient_ratio: Norm of the regularizer's gradient over all latent weights, relative to that
+            of the task's loss, when it was last measured; None before.
     """
 
     regularizer: Regularizer
     step_limit: float = STEP_LIMIT
     last_regularization: Tensor | None = None
+    guard: Guard | None = None
+    _dropped: bool = False
+    watch_gradients: bool = False
+    gradient_ratio: Tensor | None = None
 
     def __init__(
         self,
@@ -65,7 +87,7 @@ class RegularizedOptimWrapper(OptimWrapper):
     ) -> None:
         super().__init__(*args, **kwargs)
         if compile:
-            compiled_pass.use_compiled(True)
+            fused.use_fused(True)
         if regularizer is None:
             raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))
@@ -116,8 +138,53 @@ class RegularizedOptimWrapper(OptimWrapper):
             self._end_step()
         if regularization is not None:
             self.last_regularization = regularization.detach()
+            if self.watch_gradients:
+                self.gradient_ratio = self._ratio(regularization, loss)
             loss = loss + regularization
+        self.watch_gradients = False
+        if self.guard is not None and not self.guard.admits_loss(loss):
+            self._drop_update(zero_kwargs)
+            return
         super().update_params(loss, step_kwargs, zero_kwargs)
+
+    def _drop_update(self, zero_kwargs: dict | None) -> None:
+        """Passes over a loss, and with it over the update that it would have been part of.
+
+        Of an accumulated update nothing is left over: DDP exchanges gradients in the backward pass
+        of its last loss, which may be the one that is missing.
+        """
+        self._dropped = True
+        self._inner_count += 1
+        if self.should_update():
+            self._dropped = False
+            self.zero_grad(**(zero_kwargs or {}))
+
+    def _refused(self) -> bool:
+        """Whether the gradients at hand may not be used."""
+        dropped, self._dropped = self._dropped, False
+        if dropped or self.guard is None:
+            return dropped
+        scaler = getattr(self, 'loss_scaler', None)
+        if scaler is not None and scaler.is_enabled():
+            # Infinite gradients are how it finds its scale; it skips such updates by itself.
+            return False
+        return not self.guard.admits_gradients()
+
+    def _ratio(self, regularization: Tensor, loss: Tensor) -> Tensor:
+        """Ratio of both gradients' norms over what the regularizer pulls at, on this rank.
+
+        Steps are left out, and no gradient is kept.
+        """
+        assert self._model is not None
+        weights = [
+            p
+            for name, p in self._model.named_parameters()
+            if p.requires_grad and not name.rsplit('.', 1)[-1].startswith('slope_')
+        ]
+        pulls = torch.autograd.grad(regularization, weights, retain_graph=True, allow_unused=True)
+        pulled = [w for w, pull in zip(weights, pulls, strict=True) if pull is not None]
+        tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
+        return _norm(pulls) / _norm(tasks)
 
     def _end_step(self) -> None:
         for layer in self._layers:
@@ -131,6 +198,8 @@ class RegularizedOptimWrapper(OptimWrapper):
         Optimizers of Adam's kind move every parameter by about the learning rate, which is a fair
         share of a weight but may be many times an 8-bit step. The limit also keeps steps positive.
         """
+        if self._refused():
+            return
         steps = self._steps()
         before = [step.detach().clone() for step in steps]
         super().step(**kwargs)
@@ -192,8 +261,10 @@ class SlopeOptimWrapperConstructor:
             Defaults to ``'DefaultOptimWrapperConstructor'``.
         step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
         step_limit: Largest relative change of a step in one update. Defaults to 0.005.
-        compile: Compress 3x3 convolutions' weights through ``torch.compile``: faster for large
-            models after some tens of seconds of compiling (docs/performance.md). Defaults to False.
+        compile: Compress through fused kernels: on a CPU 3x3 convolutions' weights through
+            ``torch.compile``, which is faster for large models after some tens of seconds of
+            compiling (docs/performance.md); on CUDA weights and activations through Triton.
+            Defaults to False.
 
     Steps get no weight decay: it would pull every level towards zero.
     """
@@ -213,7 +284,7 @@ class SlopeOptimWrapperConstructor:
         if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
             # Named beside the constructor: it asks for a regularizer itself.
             cfg['regularizer'] = given
-        compiled_pass.use_compiled(bool(cfg.pop('compile', False)))
+        fused.use_fused(bool(cfg.pop('compile', False)))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(

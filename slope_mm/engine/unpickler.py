@@ -103,6 +103,14 @@ def _latin1(text: Any, encoding: Any) -> bytes:
     return text.encode('latin1')  # how protocol 2 writes bytes
 
 
+def _byte_array(content: Any = b'', encoding: Any = None) -> bytearray:
+    if type(content) is bytes and encoding is None:
+        return bytearray(content)
+    if type(content) is not str or encoding != 'latin-1':
+        raise Refused(f'builtins.bytearray({_describe(content)})')  # a number asks for memory
+    return bytearray(content, encoding)  # how protocol 2 writes it
+
+
 def _default_dict(factory: Any = None) -> defaultdict[Any, Any]:
     kinds = {'builtins.dict': dict, 'builtins.int': int, 'builtins.list': list, 'builtins.set': set}
     if factory is None:
@@ -154,7 +162,7 @@ _CALLABLES: dict[str, Callable[..., Any] | None] = {
     'builtins.set': set,
     'builtins.frozenset': frozenset,
     'builtins.bytes': lambda: b'',  # only the empty one is written this way
-    'builtins.bytearray': bytearray,
+    'builtins.bytearray': _byte_array,
     'builtins.complex': complex,
     'builtins.slice': slice,
     'builtins.range': range,
@@ -228,12 +236,13 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
         raise Refused(f'pickle opcode {names[0] if names else hex(code)}')
 
 
-# Those that move plain data, of protocol 2 (which torch.save writes) to 5.
+# Those that move plain data, of protocol 2 (which torch.save writes) to 5. Not BYTEARRAY8: it makes
+# room for what a file says will follow, before anything does.
 _PLAIN_OPCODES = (
     'PROTO FRAME STOP MARK POP POP_MARK DUP BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE '
     'NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT '
     'BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 '
-    'BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 '
+    'BINBYTES SHORT_BINBYTES BINBYTES8 '
     'EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT EMPTY_SET FROZENSET '
     'GLOBAL STACK_GLOBAL'
 )

@@ -30,6 +30,8 @@ class PartFiles:
         input: Name of the graphs' input.
         structure: How the flat outputs are nested.
         sha256: Checksums of the files by name.
+        at_once: How many inputs a thread is to hand to the CPU provider's graph at a time; None for
+            all of them.
     """
 
     name: str
@@ -38,6 +40,7 @@ class PartFiles:
     input: str
     structure: Any
     sha256: dict[str, str]
+    at_once: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ uint8, the operand types that its kernel is fast with.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from slope_mm.export.strips import strip_counts
 
 # ONNX Runtime's own operators.
 RUNTIME_DOMAIN = 'com.microsoft'
@@ -41,7 +43,7 @@ UNFOLD_CHANNELS = 16
 END = 2**31 - 1
 
 
-def to_integer(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_integer(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
     """Rearranges a model of :func:`~slope_mm.export.graph.lower` for ONNX Runtime's CPU provider.
 
     Layers without integers on both sides, grouped convolutions (one small product a group) and
@@ -49,11 +51,12 @@ def to_integer(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Args:
         model: Is left as it is.
+        shape: Shape of an input, as large as inputs usually are: large maps are unfolded in strips.
 
     Returns:
         A model that computes the same.
     """
-    return _Rearrangement(model).run()
+    return _Rearrangement(model, strip_counts(model, shape)).run()
 
 
 def count_products(nodes: Iterable[NodeProto]) -> dict[str, int]:
@@ -64,8 +67,9 @@ def count_products(nodes: Iterable[NodeProto]) -> dict[str, int]:
 
 
 class _Rearrangement:
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, strips: Mapping[str, int]) -> None:
         self.model = model
+        self.strips = strips
         self.graph = model.graph
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producers = {name: node for node in self.graph.node for name in node.output}
@@ -137,14 +141,21 @@ class _Rearrangement:
         if integers.shape[1] < UNFOLD_CHANNELS:
             self._direct(node, x, weight)
             return
+        attributes = _attributes(node)
         pixels, zero = self._pixel_codes(x)
-        rows = self._unfolded(pixels, zero, _attributes(node))
+        pixels = self._padded(pixels, zero, attributes)
         # [out, in, i, j] to [i * j * in, out]
         matrix = integers.transpose(2, 3, 1, 0).reshape(-1, integers.shape[0])
         bias = self._array(node.input[2]) if len(node.input) > 2 else None
         y = node.output[0]
         scales = self._array(weight.input[1])
-        self._product(node, rows, zero, x, matrix, scales, bias, f'{y}.pixels')
+        strips = self._in_strips(pixels, attributes, self.strips.get(y, 1))
+        parts = [f'{y}.pixels'] if len(strips) == 1 else [f'{s}.of.{y}' for s in strips]
+        for strip, part in zip(strips, parts, strict=True):
+            rows = self._unfolded(strip, attributes)
+            self._product(node, rows, zero, x, matrix, scales, bias, part)
+        if len(parts) > 1:
+            self._node('Concat', parts, f'{y}.pixels', axis=1)
         self._node('Transpose', [f'{y}.pixels'], y, perm=[0, 3, 1, 2])
 
     def _transposed(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
@@ -280,15 +291,53 @@ class _Rearrangement:
         self._once('Transpose', [codes], f'{codes}.pixels', perm=[0, 2, 3, 1])
         return f'{codes}.pixels', zero
 
-    def _unfolded(self, pixels: str, zero: str, attributes: dict[str, Any]) -> str:
+    def _padded(self, pixels: str, zero: str, attributes: dict[str, Any]) -> str:
+        pads = list(attributes['pads'])
+        if not any(pads):
+            return pixels
+        padded = f'{pixels}.padded.{_tag(pads)}'
+        amounts = [0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0]
+        self._once('Pad', [pixels, self._numbers(amounts), zero], padded)
+        return padded
+
+    def _in_strips(self, pixels: str, attributes: dict[str, Any], count: int) -> list[str]:
+        """The pixels that each of ``count`` about equal shares of the output's rows needs."""
+        if count == 1:
+            return [pixels]
+        stride = attributes['strides'][0]
+        reach = (attributes['kernel_shape'][0] - 1) * attributes['dilations'][0] + 1
+        name = f'{pixels}.strips.{_tag([count, reach, stride])}'
+        steps: list[tuple[str, str, list[int]]] = [
+            # The output's rows, and where each share of them begins.
+            ('Sub', 'room', [reach]),
+            ('Div', 'last', [stride]),
+            ('Add', 'rows', [1]),
+            ('Mul', 'shares', list(range(count + 1))),
+            ('Div', 'borders', [count]),
+            # The rows of pixels at these borders.
+            ('Mul', 'first', [stride]),
+            ('Add', 'behind', [reach - stride]),
+        ]
+        self._once('Shape', [pixels], f'{name}.height', start=1, end=2)
+        before = f'{name}.height'
+        for operator, what, numbers in steps:
+            self._once(operator, [before, self._numbers(numbers)], f'{name}.{what}')
+            before = f'{name}.{what}'
+        strips = []
+        for i in range(count):
+            ends = []
+            for what, at in (('first', i), ('behind', i + 1)):
+                place = [f'{name}.{what}', self._numbers([at]), self._numbers([at + 1])]
+                ends.append(f'{name}.{what}.{at}')
+                self._once('Slice', place, ends[-1])
+            strips.append(f'{name}.{i}')
+            self._once('Slice', [pixels, *ends, self._numbers([1])], strips[-1])
+        return strips
+
+    def _unfolded(self, pixels: str, attributes: dict[str, Any]) -> str:
         """Side by side, for every window, its pixels: ``[n, h, w, i * j * c]``."""
         kernel, strides = list(attributes['kernel_shape']), list(attributes['strides'])
-        dilations, pads = list(attributes['dilations']), list(attributes['pads'])
-        if any(pads):
-            padded = f'{pixels}.padded.{_tag(pads)}'
-            amounts = [0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0]
-            self._once('Pad', [pixels, self._numbers(amounts), zero], padded)
-            pixels = padded
+        dilations = list(attributes['dilations'])
         if kernel == strides == [1, 1]:
             return pixels
         windows = f'{pixels}.windows.{_tag([*kernel, *strides, *dilations])}'

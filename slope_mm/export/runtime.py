@@ -84,22 +84,31 @@ class OnnxPart:
     Args:
         session: The session.
         structure: How the flat outputs are nested.
+        at_once: How many inputs are handed over at a time; None for all of them.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, structure: Any) -> None:
-        self.session, self.structure = session, structure
-        self.input = session.get_inputs()[0].name
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        structure: Any,
+        at_once: int | None = None,
+    ) -> None:
+        self.session, self.structure, self.at_once = session, structure, at_once
 
     @classmethod
     def load(cls, folder: Path, files: PartFiles, threads: int | None = None) -> OnnxPart:
         """Opens the graph for the CPU provider, or the portable one where that would saturate."""
-        name = files.cpu if integer_products_are_exact() else files.portable
-        return cls(open_session(folder / name, threads), files.structure)
+        if not integer_products_are_exact():
+            return cls(open_session(folder / files.portable, threads), files.structure)
+        at_once = files.at_once and files.at_once * (threads or torch.get_num_threads())
+        return cls(open_session(folder / files.cpu, threads), files.structure, at_once)
 
     def __call__(self, x: Tensor) -> Any:
         if x.device.type != 'cpu':
             raise ExportError('exported detectors run on the CPU; use device=cpu')
-        found = self.session.run(None, {self.input: np.ascontiguousarray(x.numpy())})
+        size = self.at_once or max(1, len(x))
+        pieces = [outputs_of(self.session, piece) for piece in x.split(size)]
+        found = pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))
         tensors: Iterator[Tensor] = (torch.from_numpy(array) for array in found)
         return unflatten(self.structure, tensors)
 

@@ -29,6 +29,7 @@ from slope_mm.export.parts import (
     structure_of,
 )
 from slope_mm.export.skeleton import marked, trace
+from slope_mm.export.strips import rois_at_once
 from slope_mm.packing.plainconfig import to_plain
 
 
@@ -82,7 +83,7 @@ def _export_part(
     names = [f'output_{i}' for i in range(len(flatten(nested)))]
     skeleton = trace(FlatForward(part.module), example, part.input_name, names, part.axes)
     portable, calls = lower(skeleton, layers)
-    cpu = to_integer(portable)
+    cpu = to_integer(portable, example.shape)
     if int4:
         portable = with_int4(portable)
     for graph in (portable, cpu):
@@ -181,7 +182,8 @@ def write_part(part: ExportedPart, folder: Path) -> PartFiles:
     for name, graph in zip(names, (part.portable, part.cpu), strict=True):
         (folder / name).write_bytes(graph.SerializeToString())
         sums[name] = checksum(folder / name)
-    return PartFiles(part.name, *names, part.input, part.structure, sums)
+    at_once = None if part.name == DENSE else rois_at_once(part.cpu)
+    return PartFiles(part.name, *names, part.input, part.structure, sums, at_once)
 
 
 __all__ = ['DENSE', 'ExportedPart', 'PartReport', 'export_onnx', 'export_parts']

@@ -85,7 +85,8 @@ class ActivationObserver:
     """Collects a bounded sample of what a layer's input looks like.
 
     Attributes:
-        low: Smallest value seen (0-dim tensor), or None before the first call.
+        low: Smallest value seen (0-dim tensor), or None before the first call. What held NaN or
+            infinity anywhere leaves a NaN among the samples.
         samples: Sampled values of every observed call.
     """
 
@@ -106,6 +107,8 @@ class ActivationObserver:
             # An odd stride does not run along one column of the feature map.
             stride = max(1, flat.numel() // SAMPLES_PER_CALL) | 1
             sample = flat[::stride][:SAMPLES_PER_CALL].clone()
+            # Zero times what is finite: NaN where any value is not, sampled or not.
+            sample[0] += 0 * low + 0 * flat.max()
             self.samples.append(sample)
             self._count += sample.numel()
 
@@ -200,8 +203,8 @@ class QuantizedInput(nn.Module):
     def set_activation_range(self, samples: Tensor, signed: bool, which: int = 0) -> None:
         """Fixes sign and first step of an input's quantizer.
 
-        An input of zeros alone (a dead branch) says nothing about the range: it stays uncalibrated
-        and passes through.
+        An input of zeros alone (a dead branch), or one with NaN or infinity in it, says nothing
+        about the range: it stays uncalibrated and passes through.
 
         Args:
             samples: Sampled input values, flat.
@@ -210,6 +213,8 @@ class QuantizedInput(nn.Module):
         """
         bits = self.slope_spec.activation_bits
         if bits is None or self.slope_act_step is None or not bool(samples.any()):
+            return
+        if not bool(samples.isfinite().all()):
             return
         self.slope_act_step[which] = calibrated_step(samples, signed, bits)[0]
         self._act_states[which] = SIGNED if signed else UNSIGNED

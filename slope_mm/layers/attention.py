@@ -63,7 +63,7 @@ class CompressedAttention(Composite):
     @staticmethod
     def products(
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> list[tuple[nn.Module, int]]:
+    ) -> list[tuple[str, int]]:
         given = {**dict(zip(('query', 'key', 'value'), args, strict=False)), **kwargs}
         inputs = [given['query'], given['key'], given['value']]
         counts: dict[str, int] = {}
@@ -74,8 +74,7 @@ class CompressedAttention(Composite):
             else:
                 counts[name] = inputs['qkv'.index(name[0])].numel() * rows
         counts['out_proj'] = output[0].numel() * output[0].shape[-1]
-        children = module._modules
-        return [(children.get(name) or module, count) for name, count in counts.items()]
+        return list(counts.items())
 
     def used_layers(self) -> list[CompressedLayer]:
         return [m for m in self.children() if isinstance(m, CompressedLayer)]

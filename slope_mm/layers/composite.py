@@ -97,7 +97,7 @@ class Composite(nn.Module):
     @staticmethod
     def products(
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> list[tuple[nn.Module, int]]:
+    ) -> list[tuple[str, int]]:
         """What one call of a (stock or swapped) module multiplies without a layer's forward.
 
         Args:
@@ -107,8 +107,7 @@ class Composite(nn.Module):
             output: What it gave.
 
         Returns:
-            The compressed layer, or the module itself where that is dense, and multiply-accumulates
-            of each weight.
+            Name of each weight's layer below the module, and its multiply-accumulates.
         """
         return []
 

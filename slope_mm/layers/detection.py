@@ -69,10 +69,10 @@ class CompressedTaskDecomposition(Composite):
     @staticmethod
     def products(
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> list[tuple[nn.Module, int]]:
+    ) -> list[tuple[str, int]]:
         conv = module.get_submodule('reduction_conv.conv')
         weight: Tensor = conv.weight  # type: ignore[assignment]
-        return [(conv, output.numel() * weight[0].numel())]
+        return [('reduction_conv.conv', output.numel() * weight[0].numel())]
 
     def used_layers(self) -> list[CompressedLayer]:
         conv = self.reduction_conv.conv

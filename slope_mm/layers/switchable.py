@@ -128,10 +128,10 @@ class CompressedSwitchable(SwitchableForward, Composite):
     @staticmethod
     def products(
         module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> list[tuple[nn.Module, int]]:
+    ) -> list[tuple[str, int]]:
         weight: Tensor = module.weight  # type: ignore[assignment]
         count = output.numel() * weight[0].numel()
-        return [(module._modules.get(name) or module, count) for name in ('small', 'large')]
+        return [(name, count) for name in ('small', 'large')]
 
     def used_layers(self) -> list[CompressedLayer]:
         return [child for child in self.children() if isinstance(child, Projection)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slope_mm.ops import fused
 from slope_mm.ops.quantization import Codes, positive
 from slope_mm.ops.selection import BLOCK, Scratch
 
@@ -48,6 +49,9 @@ def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
         Tensor of ``x``'s shape and dtype; the arithmetic is fp32 or better.
     """
     x, s = _dense(x), positive(step).reshape(1)
+    kernels = fused.activation_kernels(x)
+    if kernels is not None:
+        return kernels.quantize_forward(x, s, codes)
     result = torch.empty_like(x)
     values, target = _flat(x), _flat(result)
     size = _block(x)
@@ -92,6 +96,9 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tu
     if grad.stride() != result.stride():
         # In the order of x in memory.
         grad = torch.empty_like(result, dtype=grad.dtype).copy_(grad)
+    kernels = fused.activation_kernels(x)
+    if kernels is not None:
+        return kernels.quantize_backward(grad, x, s, codes)
     values, upstream, target = _flat(x), _flat(grad), _flat(result)
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)

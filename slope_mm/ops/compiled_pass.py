@@ -4,17 +4,16 @@ The members of a group are unrolled, so that mask, rounding, clip range and sums
 loop over the kernel positions. The result is that of the plain pass, bit for bit but for the order
 in which sums are added up.
 
-It pays where a vector loop fits the layer, 3x3 kernels and groups of up to 8, and it is off unless
-asked for: the first use compiles for tens of seconds (inductor keeps the result on disk), which a
-short run does not earn back. Measurements: docs/performance.md.
+It pays on a CPU where a vector loop fits the layer: 3x3 kernels and groups of up to 8. The first
+use compiles for tens of seconds; inductor keeps the result on disk. Measurements:
+docs/performance.md.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,50 +21,26 @@ from torch import Tensor
 
 from slope_mm.ops.quantization import Codes
 from slope_mm.ops.selection import kth_largest
+from slope_mm.ops.weight_pass import DENSE, Groups
 
 # Beyond this the unrolled network spills registers: 2:16 is four times slower than the plain pass.
 LARGEST_GROUP = 8
 # Along one or two positions there is no vector loop; 7x7 is one layer, not worth a kernel.
 KERNELS = (9,)
 
-_enabled = False
-
-
-def use_compiled(enabled: bool) -> None:
-    """Turns the compiled pass on or off for this process."""
-    global _enabled
-    _enabled = bool(enabled)
-
-
-def compiled_enabled() -> bool:
-    """Whether the compiled pass is asked for."""
-    return _enabled
-
-
-@contextmanager
-def compiled(enabled: bool = True) -> Iterator[None]:
-    """Scope in which the compiled pass is on (or off)."""
-    before = _enabled
-    use_compiled(enabled)
-    try:
-        yield
-    finally:
-        use_compiled(before)
-
 
 def fits(
-    w: Tensor, codes: Codes | None, mask: Tensor | None, m: int, kernel: int, gradient: str
+    w: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
 ) -> bool:
-    """Whether the compiled pass knows this case and is asked for; the plain one knows all."""
+    """Whether the compiled pass knows this case; the plain one knows all."""
+    _, m, kernel = groups or DENSE
     return (
-        _enabled
-        and w.dtype == torch.float32
+        w.dtype == torch.float32
         and codes is not None
         and mask is None
         and m <= LARGEST_GROUP
         and kernel in KERNELS
         and gradient == 'ste'
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -151,9 +126,10 @@ def _grouped(rows: Tensor, m: int, kernel: int) -> Tensor:
 
 
 def forward_pass(
-    w: Tensor, step: Tensor, codes: Codes, n: int, m: int, kernel: int
+    w: Tensor, step: Tensor, codes: Codes, mask: None, groups: Groups | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums; ``n = m = 1`` is dense."""
+    """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums, without keeping the mask."""
+    n, m, kernel = groups or DENSE
     compressed, *sums = _kernel(_forward, n, m)(
         _grouped(w, m, kernel),
         step.view(-1, 1, 1),
@@ -165,16 +141,21 @@ def forward_pass(
 
 
 def backward_pass(
-    grad: Tensor,
+    grad: Tensor | None,
     grad_powers: Tensor | None,
     w: Tensor,
     step: Tensor,
     codes: Codes,
-    n: int,
-    m: int,
-    kernel: int,
+    mask: None,
+    groups: Groups | None,
+    *,
+    gradient: str,
+    decay: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`slope_mm.ops.weight_pass.backward_pass`; finds the compressed weight again, too."""
+    n, m, kernel = groups or DENSE
+    if grad is None:
+        grad = torch.zeros_like(w)
     if grad_powers is None:
         grad_powers = torch.zeros(3, w.shape[0], device=w.device)
     grad_w, grad_step = _kernel(_backward, n, m)(

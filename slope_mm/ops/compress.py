@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slope_mm.errors import RecipeError, TensorError, nearest
-from slope_mm.ops import compiled_pass
+from slope_mm.ops import fused
 from slope_mm.ops.quantization import Codes, positive
 from slope_mm.ops.sparsity import NMPattern, require_finite
 from slope_mm.ops.weight_pass import Groups, as_rows, backward_pass, forward_pass, from_rows
@@ -26,6 +26,7 @@ GRADIENTS = {
     'ste': 'identity through the mask: pruned weights learn and can come back',
     'sr_ste': 'ste plus a decay of the pruned weights (arXiv 2102.04010)',
     'masked': 'no gradient to pruned weights',
+    'soft': 'through a sigmoid around the threshold of each N:M group (arXiv 2003.00075)',
 }
 # The decay that the SR-STE paper found best for ResNets.
 SR_STE_DECAY = 2e-4
@@ -51,12 +52,9 @@ class _Compress(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         latent, s = as_rows(w, *axes), None if step is None else positive(step).reshape(-1, 1)
         kept = None if mask is None else as_rows(mask, *axes)
-        dense = Groups(1, 1, 1)
-        ctx.compiled = compiled_pass.fits(
-            w, codes, mask, (groups or dense).m, (groups or dense).kernel, gradient
-        )
-        if ctx.compiled and codes is not None and s is not None:
-            rows, powers = compiled_pass.forward_pass(latent, s, codes, *(groups or dense))
+        ctx.kernels = fused.weight_kernels(w, codes, mask, groups, gradient)
+        if ctx.kernels is not None:
+            rows, powers = ctx.kernels.forward_pass(latent, s, codes, kept, groups)
         else:
             # A live mask is kept as rows; one that was given is somebody's already.
             rows, powers, kept = forward_pass(
@@ -78,24 +76,31 @@ class _Compress(torch.autograd.Function):
         s = None if step is None else positive(step).reshape(-1, 1)
         rows: Tensor | None
         grad_step: Tensor | None
-        if ctx.compiled and grad is not None and codes is not None and s is not None:
-            rows, grad_step = compiled_pass.backward_pass(
-                as_rows(grad, *axes),
+        upstream = None if grad is None else as_rows(grad, *axes)
+        if ctx.kernels is not None:
+            rows, grad_step = ctx.kernels.backward_pass(
+                upstream,
                 grad_powers,
                 as_rows(w, *axes),
                 s,
                 codes,
-                *(groups or Groups(1, 1, 1)),
+                kept,
+                groups,
+                gradient=gradient,
+                decay=decay,
             )
+            rows = rows if ctx.needs_input_grad[0] else None
+            grad_step = grad_step if ctx.needs_input_grad[1] else None
         else:
             rows, grad_step = backward_pass(
-                None if grad is None else as_rows(grad, *axes),
+                upstream,
                 grad_powers,
                 as_rows(w, *axes),
                 as_rows(compressed, *axes),
                 s,
                 codes,
                 kept,
+                groups=groups,
                 gradient=gradient,
                 decay=decay,
                 wants_weight=ctx.needs_input_grad[0],
@@ -145,7 +150,8 @@ def compress_with_powers(
         mask: Bool of ``w``'s shape, True where kept, in place of a pattern; None for dense.
         axes: Output and input channel axis of ``w``.
         grad_scale: Scale of the step's gradient.
-        gradient: ``'ste'``, ``'sr_ste'`` or ``'masked'``.
+        gradient: Name in :data:`GRADIENTS`. ``'soft'`` needs a pattern; a mask that is given is a
+            constant, and passes gradients as ``'masked'`` does.
         decay: SR-STE's decay of pruned weights; the gradient to a pruned weight gains
             ``decay * w``.
         sums: Whether the sums are wanted.
@@ -205,7 +211,8 @@ def compress_weight(
         mask: Bool of ``w``'s shape, True where kept; None for dense.
         codes: Code set; None without quantization.
         grad_scale: Scale of the step's gradient.
-        gradient: ``'ste'``, ``'sr_ste'`` or ``'masked'``.
+        gradient: Name in :data:`GRADIENTS`; ``'soft'`` passes as ``'masked'`` does, as the mask is
+            given.
         decay: SR-STE's decay of pruned weights; the gradient to a pruned weight gains
             ``decay * w``.
 

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from slope_mm.ops.quantization import Codes
-from slope_mm.ops.selection import Scratch, blocks, keep
+from slope_mm.ops.selection import Scratch, blocks, keep, kth_largest
+
+# Width of the soft mask's sigmoid relative to its group's threshold. At 1/4 a weight on the
+# threshold gets 1.5 times the task's gradient, one at zero 2 % of it, one at twice the threshold
+# 1.1 times.
+SOFT_TEMPERATURE = 0.25
 
 
 class Groups(NamedTuple):
@@ -28,6 +33,10 @@ class Groups(NamedTuple):
     n: int
     m: int
     kernel: int
+
+
+# What fused kernels take for no groups: every weight is its group's largest.
+DENSE = Groups(1, 1, 1)
 
 
 def as_rows(x: Tensor, output_axis: int, input_axis: int) -> Tensor:
@@ -130,6 +139,7 @@ def backward_pass(
     codes: Codes | None,
     mask: Tensor | None,
     *,
+    groups: Groups | None = None,
     gradient: str,
     decay: float,
     wants_weight: bool,
@@ -148,6 +158,7 @@ def backward_pass(
         step: As in the forward pass.
         codes: As in the forward pass.
         mask: Bool like ``w``, True where kept; None for dense.
+        groups: The N:M groups that the mask was found by; None where it was given.
         gradient: Name in :data:`~slope_mm.ops.GRADIENTS`.
         decay: SR-STE's.
         wants_weight: Whether the gradient of W is wanted.
@@ -182,7 +193,10 @@ def backward_pass(
                     inside = _row_products(passed, scaled, scratch).unsqueeze(1)
                     grad_step[block] = whole.sub_(inside)
                 total = passed
-            if kept is not None and gradient == 'masked':
+            if kept is not None and gradient == 'soft' and groups is not None:
+                total = total * soft_factor(rows, groups)
+            elif kept is not None and gradient in ('masked', 'soft'):
+                # A mask that was given is a constant, and so is what it prunes.
                 total = torch.mul(total, kept, out=scratch('passed', rows))
             if kept is not None and gradient == 'sr_ste':
                 pruned = torch.sub(1, kept, out=kept).mul_(rows)
@@ -202,6 +216,31 @@ def backward_pass(
         elif total.data_ptr() != grad_w[block].data_ptr():
             grad_w[block] = total
     return grad_w, grad_step
+
+
+def soft_factor(rows: Tensor, groups: Groups) -> Tensor:
+    """The derivative of ``w * sigmoid((|w| - t) / T)`` by ``w``, the soft form of the mask.
+
+    t lies halfway between the smallest kept and the largest pruned magnitude of a weight's group,
+    ``T = SOFT_TEMPERATURE * t``; both count as constants. The sigmoid in place of the mask is that
+    of learned threshold pruning (arXiv 2003.00075), on magnitudes instead of squares.
+
+    Args:
+        rows: ``[rows, length]``, fp32 or better.
+        groups: N:M groups along a row.
+
+    Returns:
+        Tensor like ``rows``: ``m + |w| * m * (1 - m) / T`` with the soft mask m; 1 in groups whose
+        threshold is zero.
+    """
+    n, m, kernel = groups
+    members = rows.reshape(-1, m, kernel).transpose(0, 1).abs()
+    threshold = (kth_largest(members, n) + kth_largest(members, n + 1)) / 2
+    width = SOFT_TEMPERATURE * threshold
+    soft = ((members - threshold) / width).sigmoid()
+    factor = soft + members * soft * (1 - soft) / width
+    factor = torch.where(threshold > 0, factor, torch.ones_like(factor))
+    return factor.transpose(0, 1).reshape(rows.shape)
 
 
 def _pass_inside(grad: Tensor, scaled: Tensor, codes: Codes, out: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import stat
 import zlib
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from slope_mm.errors import PackedFileError
 from slope_mm.packing.dtypes import NUMPY_DTYPES
+from slope_mm.wholefile import write_whole
 
 #: Written where version 1 can say it, so that older readers read the file; else the newest.
 VERSIONS = (1, 2)
@@ -201,29 +201,10 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | bytearray) -
     target = Path(path)
     if target.is_dir():
         raise PackedFileError(f'{target} is a directory; name a file in it')
-    partial = target.with_name(f'.{target.name[:200]}.{secrets.token_hex(4)}.part')
     try:
-        try:
-            with partial.open('xb') as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-            _sync_folder(target.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(target, content)
     except OSError as error:
         raise PackedFileError(
             f'{target} cannot be written ({error.strerror}); nothing was changed. Make room there,'
             ' or choose another place'
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    # So that the rename, too, survives a power failure.
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

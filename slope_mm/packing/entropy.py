@@ -30,8 +30,8 @@ from slope_mm.errors import PackedFileError
 
 CHUNK = 8192
 PRECISION = 24
-# A stream holds at least 1/8 bit a symbol, so that a file bounds what reading it takes. What would
-# need less is stored with a fixed width.
+# A stream with its table holds at least 1/8 bit a symbol, so that a file bounds what reading it
+# takes. What would need less is stored with a fixed width.
 MOST_SYMBOLS_A_BYTE = 64
 
 
@@ -131,7 +131,8 @@ def decode_stream(
         PackedFileError: If the data end early or do not fit the model.
     """
     chunks = -(-count // CHUNK)
-    if data.size < 4 * chunks or count > MOST_SYMBOLS_A_BYTE * data.size:
+    # MOST_SYMBOLS_A_BYTE bounds stream and table together, and was asked of the layout.
+    if data.size < 4 * chunks:
         raise PackedFileError(f'{data.size} bytes cannot hold {count} entropy-coded symbols')
     counts = data[: 4 * chunks].view('<u4').astype(np.int64)
     end = 4 * chunks + 4 * int(counts.sum())

@@ -32,11 +32,12 @@ from slope_mm.studies.processes import ROOT, Launcher
 from slope_mm.studies.study import Arm
 from slope_mm.studies.trials import Trial
 
-PACKAGES = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmdet', 'pycocotools', 'slope_mm')
+PACKAGES = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'pycocotools', 'slope_mm')
 CURVES = {
     'cosine': 'slope_cosine_mean',
     'sqnr_db': 'slope_sqnr_db',
     'flip_rate': 'slope_flip_rate',
+    'gradient_ratio': 'slope_gradient_ratio',
     'loss': 'loss',
 }
 PACKED = 'model.slope'

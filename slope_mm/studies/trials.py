@@ -25,6 +25,8 @@ WEIGHTS = 'model.pth'
 RESULT = 'result.json'
 # What a config says about where things lie, which changes no result.
 PLACES = ('work_dir', 'load_from', 'filename')
+# It ends a training that came to nothing, and touches no other.
+STOP_AT_NAN = {'type': 'slope_mm.SlopeFiniteHook'}
 # What has to be alike for two arms to be compared.
 SCHEDULE = ('train_cfg', 'param_scheduler', 'train_dataloader')
 OPTIMIZER = ('optimizer', 'clip_grad', 'accumulative_counts', 'paramwise_cfg')
@@ -312,6 +314,9 @@ def placed(config: Config, folder: Path) -> Config:
 def described(config: Config) -> dict[str, Any]:
     """A config as plain data, without what changes no result."""
     plain = config.to_dict()
+    for key in ('custom_hooks', 'slope_hooks'):
+        if plain.get(key):
+            plain[key] = [hook for hook in plain[key] if hook != STOP_AT_NAN]
     return {key: value for key, value in plain.items() if key not in PLACES}
 
 

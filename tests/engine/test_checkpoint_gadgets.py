@@ -10,6 +10,7 @@ import io
 import operator
 import os
 import pickle
+import runpy
 import subprocess
 from collections import OrderedDict
 from collections.abc import Callable
@@ -121,13 +122,48 @@ GADGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         'copyreg._reconstructor',
     ),
+    'pickle.loads': (
+        lambda m: Call(pickle.loads, pickle.dumps(touch(m))),
+        'pickle.loads',
+    ),
+    '__import__': (lambda m: Call(__import__, MODULE), 'builtins.__import__'),
+    'open': (lambda m: Call(open, str(m), 'w'), 'io.open'),
+    'runpy': (
+        lambda m: Call(runpy.run_path, str(m.with_name(f'{MODULE}.py'))),
+        'runpy.run_path',
+    ),
+    'runstring': (
+        lambda m: Call(np.testing.runstring, code(m), {}),
+        '.runstring',
+    ),
+    'a code object': (
+        lambda m: program(
+            call(
+                call(
+                    name('types', 'FunctionType'),
+                    call(name('__builtin__', 'compile'), *map(unicode, (code(m), 'a', 'exec'))),
+                    b'}',
+                )
+            )
+        ),
+        'types.FunctionType',
+    ),
+    'reduce and map': (
+        lambda m: Call(list, Call(map, os.system, [f'touch {m}'])),
+        'builtins.map',
+    ),
     '__setstate__': (Stateful, f'{__name__}.Stateful'),
     'INST': (
         lambda m: program(b'(' + unicode(f'touch {m}') + b'ios\nsystem\n'),
         'os.system',
     ),
 }
-BY_HAND = ('a name whose module runs', 'getattr chain', 'INST')  # torch.save writes none of these
+BY_HAND = (
+    'a name whose module runs',
+    'getattr chain',
+    'a code object',
+    'INST',
+)  # torch.save writes none of these
 
 
 @pytest.mark.parametrize(
@@ -279,6 +315,12 @@ MISUSES = {
     'a persistent id of a class': (
         program(group(unicode('module'), HISTORY, unicode('f'), unicode('s')), b'Q'),
         'a persistent id',
+    ),
+    'memory without end': (
+        program(
+            call(name('__builtin__', 'bytearray'), b'\x8a\x06' + (1 << 40).to_bytes(6, 'little'))
+        ),
+        'builtins.bytearray',
     ),
     'append to another type': (program(ORDERED, b'K\x01a'), 'OrderedDict.extend'),
     'items of another type': (program(HISTORY, b')\x81', b'K\x01K\x01s'), '__setitem__'),

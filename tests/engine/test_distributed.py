@@ -42,10 +42,17 @@ def ranks(
         'toy': tiny.toy_config(root / 't', batch_size=2, load_from=str(start)),
         'first_batch': tiny.toy_config(root / 'f', batch_size=2),
         'hook': tiny.toy_config(root / 'h', batch_size=2),
+        # Of the images that the second process gets, one of its second iteration is spoilt.
+        'skip': tiny.toy_config(root / 's', batch_size=2, load_from=str(start)),
         'unreached': tiny.toy_config(root / 'u', batch_size=2, model__spare=True),
         'detector': detector,
     }
     configs['hook'].custom_hooks = [dict(type='slope_mm.SlopeCalibrationHook', batches=1)]
+    skip = configs['skip']
+    skip.train_dataloader.dataset = dict(type='SpoiltImages', spoilt=(5,))
+    skip.train_cfg.max_iters = 4
+    skip.optim_wrapper.accumulative_counts = 2
+    skip.custom_hooks = [dict(type='slope_mm.SlopeFiniteHook', action='skip')]
     files = []
     for name, config in configs.items():
         config.find_unused_parameters = name == 'unreached'
@@ -72,7 +79,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(
     assert moved > 1e-2, 'the comparison would hold without training'
 
 
-@pytest.mark.parametrize('name', ['toy', 'first_batch', 'hook', 'unreached', 'detector'])
+@pytest.mark.parametrize('name', ['toy', 'first_batch', 'hook', 'skip', 'unreached', 'detector'])
 def test_ranks_stay_equal_while_they_train(ranks: Seen, name: str) -> None:
     first, second = ranks[name]
     moved = tiny.differing(first['first'], first['last'])
@@ -80,6 +87,19 @@ def test_ranks_stay_equal_while_they_train(ranks: Seen, name: str) -> None:
     # BN statistics are each rank's own: mmengine broadcasts no buffers.
     own = [k for k in first['last'] if 'running_' in k]
     assert set(tiny.differing(first['last'], second['last'])) <= set(own)
+
+
+def test_ranks_skip_together(ranks: Seen, start: Path, tmp_path: Path) -> None:
+    """One process's NaN drops the accumulated update of both; the next one trains."""
+    config = tiny.toy_config(tmp_path, batch_size=4, load_from=str(start))
+    config.train_dataloader.dataset = dict(type='SpoiltImages', spoilt=(5,))
+    config.train_cfg.max_iters = 4
+    config.optim_wrapper.accumulative_counts = 2
+    config.custom_hooks = [dict(type='slope_mm.SlopeFiniteHook', action='skip')]
+    wanted = tiny.state_of(tiny.train(config).model)
+    for rank in ranks['skip']:
+        for key, value in wanted.items():
+            assert torch.allclose(rank['last'][key], value, rtol=1e-5, atol=1e-6), key
 
 
 def test_the_hook_leaves_ranks_of_a_detector_with_equal_ranges(ranks: Seen) -> None:

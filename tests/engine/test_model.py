@@ -73,7 +73,9 @@ assert 'slope_mm' not in sys.modules
 model = MODELS.build(config.model)
 wrapper = build_optim_wrapper(model, config.optim_wrapper)
 hook = HOOKS.build(config.custom_hooks[0])
-print([type(x).__name__ for x in (model, model.backbone.layer1[0].conv1, wrapper, hook)])
+saving = HOOKS.build(config.default_hooks.checkpoint)  # the Runner builds hooks after the model
+made = (model, model.backbone.layer1[0].conv1, wrapper, hook, saving)
+print([type(x).__name__ for x in made])
 """
     done = subprocess.run(
         [sys.executable, '-c', script, tmp_path / 'inherits.py'],
@@ -82,8 +84,8 @@ print([type(x).__name__ for x in (model, model.backbone.layer1[0].conv1, wrapper
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    kinds = "['MaskRCNN', 'SlopeConv2d', 'SlopeOptimWrapper', 'SlopeMonitorHook']"
-    assert done.stdout.splitlines()[-1] == kinds
+    kinds = ['MaskRCNN', 'SlopeConv2d', 'SlopeOptimWrapper', 'SlopeMonitorHook']
+    assert done.stdout.splitlines()[-1] == str([*kinds, 'SlopeCheckpointHook'])
 
 
 def test_without_arch(config: Config) -> None:

@@ -95,7 +95,7 @@ def graphs(
     with marked(model) as copied:
         skeleton = trace(copied, image(), 'images', ['up', 'scores'], axes)
     portable, calls = lower(skeleton, describe_layers(model))
-    cpu = to_integer(portable)
+    cpu = to_integer(portable, image().shape)
     if int4:
         portable = with_int4(portable)
     for graph in (portable, cpu):

@@ -12,6 +12,7 @@ from onnx import TensorProto
 from torch import nn
 
 import slope_mm
+from slope_mm.export import strips
 from slope_mm.export.gate import relative_error
 from slope_mm.export.integer import count_products
 from slope_mm.ops import positive
@@ -114,6 +115,22 @@ def test_every_ungrouped_product_is_one_of_integers() -> None:
     assert counts.pop('Conv') == 1 and counts.pop('ConvTranspose') == 1
     assert counts.pop('ConvInteger') == 3
     assert counts == {'MatMulIntegerToFloat': len(calls) - 5}
+
+
+def test_strips_of_rows_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an image has fewer rows than there are strips, and where a batch has several."""
+    model = net(recipe())
+    _, whole, _ = graphs(model)
+    monkeypatch.setattr(strips, 'STRIP_BYTES', 8192)
+    _, cut, _ = graphs(model)
+    found, before = (
+        count_products(graph.graph.node)['MatMulIntegerToFloat'] for graph in (cut, whole)
+    )
+    # The dilated convolution's windows have 20 * 24 * 144 bytes: 9 strips; the strided one's 3.
+    assert found == before + 8 + 2
+    for size in (*SIZES, (1, 31, 17), (1, 6, 8)):
+        for ours, wanted in zip(run(cut, image(*size)), run(whole, image(*size)), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
 
 
 def test_int4_weights_compute_the_same() -> None:

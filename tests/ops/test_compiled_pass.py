@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slope_mm.ops import NMPattern, compress_with_powers, mse_init_step, nm_mask, weight_codes
-from slope_mm.ops.compiled_pass import compiled, compiled_enabled
+from slope_mm.ops.fused import fused, fused_enabled
 
 
 def both_ways(w: Tensor, step: Tensor, bits: int, name: str) -> list[Tensor]:
@@ -27,11 +27,11 @@ def test_compiled_and_plain_pass_agree() -> None:
         w[3] = 0
         step = mse_init_step(w, weight_codes(name, bits), 0, nm_mask(w, 2, 4))
         plain = both_ways(w, step, bits, name)
-        with compiled():
-            assert compiled_enabled()
-            fused = both_ways(w, step, bits, name)
-        assert not compiled_enabled()
+        with fused():
+            assert fused_enabled()
+            found = both_ways(w, step, bits, name)
+        assert not fused_enabled()
         # Values bit for bit; sums in another order.
-        assert torch.equal(plain[0], fused[0])
-        for expected, found in zip(plain[1:], fused[1:], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(plain[0], found[0])
+        for expected, other in zip(plain[1:], found[1:], strict=True):
+            torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-5)

@@ -167,7 +167,9 @@ def test_weights_of_a_checkpoint_in_channels_last() -> None:
 
 @pytest.mark.parametrize('gradient', ['st', 'STE', '', None, ['ste']])
 def test_unknown_gradients_are_refused(gradient: object) -> None:
-    with pytest.raises(RecipeError, match=r"gradient=.*choose one of \['masked', 'sr_ste', 'ste'"):
+    with pytest.raises(
+        RecipeError, match=r"gradient=.*choose one of \['masked', 'soft', 'sr_ste', 'ste'"
+    ):
         compress_weight(torch.ones(4, 4), gradient=gradient)  # type: ignore[arg-type]
 
 
@@ -184,7 +186,8 @@ def test_gradients_are_the_closed_forms(
     """One weight after the other.
 
     STE: identity, but not beyond the clip range of a kept weight (a pruned one enters the
-    quantizer as zero). SR-STE adds ``decay * w`` where pruned; ``masked`` gives nothing there.
+    quantizer as zero). SR-STE adds ``decay * w`` where pruned; ``masked`` gives nothing there, nor
+    does ``soft`` under a mask that is given.
     The step gets LSQ's derivative of the kept weights alone.
     """
     shape, input_axis, output_axis = WEIGHTS[kind]
@@ -212,13 +215,56 @@ def test_gradients_are_the_closed_forms(
             expected_step[channel] += scale * g * d_step
         if kept:
             expected_w[index] = g if inside else 0.0
-        elif gradient != 'masked':
+        elif gradient not in ('masked', 'soft'):
             expected_w[index] = g + (decay * w[index].item() if gradient == 'sr_ste' else 0.0)
     assert w.grad is not None
     np.testing.assert_allclose(w.grad.numpy(), expected_w, rtol=1e-5, atol=1e-6)
     if step is not None:
         assert step.grad is not None and step.grad.shape == step.shape
         np.testing.assert_allclose(step.grad.numpy(), expected_step, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('kind', WEIGHTS)
+@pytest.mark.parametrize(('n', 'm'), [(2, 4), (1, 4), (2, 8)])
+@pytest.mark.parametrize('name', [None, 'lsq'])
+def test_the_soft_gradient_is_that_of_a_sigmoid_around_the_groups_threshold(
+    kind: str, n: int, m: int, name: str | None
+) -> None:
+    """Group by group: autograd through ``w * sigmoid((|w| - t) / T)`` with t and T held fixed."""
+    shape, input_axis, output_axis = WEIGHTS[kind]
+    w, upstream = random_tensor(shape).requires_grad_(), random_tensor(shape, seed=2)
+    codes = None if name is None else weight_codes(name, 3)
+    step = None if codes is None else steps_for(shape, output_axis, codes)
+    settings = dict(pattern=NMPattern(n, m), axes=(output_axis, input_axis))
+    gradients = {}
+    for gradient in ('soft', 'ste'):
+        w.grad = None
+        compress_with_powers(w, step, codes, gradient=gradient, **settings)[0].backward(upstream)
+        assert w.grad is not None
+        gradients[gradient] = w.grad.clone()
+
+    latent = w.detach().movedim(input_axis, -1)
+    # What comes through the quantizer is the straight-through gradient; the mask's part follows.
+    arriving = gradients['ste'].movedim(input_axis, -1)
+    expected = torch.zeros_like(latent)
+    for place in np.ndindex(*latent.shape[:-1]):
+        for first in range(0, latent.shape[-1], m):
+            part = slice(first, first + m)
+            group = latent[place][part].double().requires_grad_()
+            ranked = group.detach().abs().sort(descending=True).values
+            t = (ranked[n - 1] + ranked[n]) / 2
+            soft = group * ((group.abs() - t) / (0.25 * t)).sigmoid()
+            soft.backward(arriving[place][part].double())
+            assert group.grad is not None
+            expected[place][part] = group.grad.float()
+    found = gradients['soft'].movedim(input_axis, -1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_soft_gradient_of_zeros_is_straight_through() -> None:
+    w = torch.zeros(4, 8, requires_grad=True)
+    compress_with_powers(w, pattern=NMPattern(2, 4), gradient='soft')[0].sum().backward()
+    assert w.grad is not None and torch.equal(w.grad, torch.ones(4, 8))
 
 
 @pytest.mark.parametrize('sparse', [True, False])
@@ -394,7 +440,7 @@ def test_sums_and_their_exact_gradient_are_those_of_fixed_codes(
         torch.testing.assert_close(step.grad.double(), 0.3 * scale.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('gradient', [name for name in GRADIENTS if name != 'soft'])
 @pytest.mark.parametrize('name', [*CODE_SETS, None])
 @pytest.mark.parametrize('n, m', [(2, 4), (1, 4), (4, 8), (2, 16), (3, 6)])
 def test_live_masks_are_as_good_as_given_ones(

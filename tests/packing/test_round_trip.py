@@ -353,3 +353,13 @@ def test_entropy_coding_is_within_a_percent_and_a_half_of_the_bound(
         size = layer.payload.size - layer.layout.step_bytes - 4 * 2**layer.layout.bits
         assert bound <= size + 4 * 2**layer.layout.bits
         assert size < 1.015 * bound
+
+
+def test_hardly_any_weight_is_kept(file: Path) -> None:
+    """Its index needs less than the table of its entropy code."""
+    recipe = dict(weight=dict(sparsity='unstructured:1e-12'))
+    model = slope_mm.convert(nn.Sequential(nn.Conv2d(24, 12, 1)), recipe)
+    save_packed(model, file, coding='entropy')
+    found = read_packed(file)['0.weight']
+    assert np.count_nonzero(found) <= 1
+    assert np.array_equal(found, compressed_state(model)['0.weight'].numpy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import get_rank, get_world_size
@@ -10,7 +9,11 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from slope_mm.engine.calibration import calibrate, uncalibrated_layers
+from slope_mm.engine.calibration import (
+    calibrate,
+    evenly_spread_batches,
+    uncalibrated_layers,
+)
 from slope_mm.errors import ConfigError
 
 
@@ -51,7 +54,8 @@ class SlopeCalibrationHook(Hook):
             return
         modes = [(module, module.training) for module in model.modules()]
         model.train()
-        done = calibrate(model, self._batches(loader))
+        batches = evenly_spread_batches(loader, self.batches, get_rank(), get_world_size())
+        done = calibrate(model, batches)
         for module, mode in modes:
             module.training = mode
         rest = uncalibrated_layers(model)
@@ -59,13 +63,3 @@ class SlopeCalibrationHook(Hook):
             f'SLOPE: calibrated the inputs of {done} layers on {self.batches} batches a rank'
             + (f'; {len(rest)} saw no input yet: {", ".join(list(rest)[:5])}' if rest else '')
         )
-
-    def _batches(self, loader: Any) -> Iterator[Any]:
-        size = int(loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1))
-        rank, world = get_rank(), get_world_size()
-        wanted = self.batches * size * world
-        length = len(loader.dataset)
-        for batch in range(self.batches):
-            first = (batch * world + rank) * size
-            indices = [(first + i) * length // wanted % length for i in range(size)]
-            yield loader.collate_fn([loader.dataset[index] for index in indices])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slope_mm.analysis.metrics import LayerMetrics, layer_metrics, summary
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.audit import audit
 from slope_mm.engine.optim_wrapper import RegularizedOptimWrapper
+from slope_mm.engine.storage import WholeFileBackend
 from slope_mm.errors import ConfigError
 from slope_mm.ops import flip_rate
 
@@ -36,19 +38,30 @@ class SlopeMonitorHook(Hook):
     Args:
         interval (int): Iterations between two looks. Defaults to 50.
         picture (bool): Draw ``slope_layers.png``. Defaults to True.
+        gradients (bool): At every look, also the norm of the regularizer's gradient relative to the
+            task's, over all latent weights (``slope_gradient_ratio``); costs two backward passes
+            more there. Defaults to False.
     """
 
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 50, picture: bool = True) -> None:
+    def __init__(self, interval: int = 50, picture: bool = True, gradients: bool = False) -> None:
         if not isinstance(interval, int) or interval < 1:
             raise ConfigError(
                 f'SlopeMonitorHook interval={interval!r} is not a number of iterations >= 1'
             )
-        self.interval, self.picture = interval, picture
+        self.interval, self.picture, self.gradients = interval, picture, gradients
         self._masks: dict[str, Tensor] = {}
         self._flips: dict[str, float] = {}
         self._audited = False
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Asks for the gradients' ratio where a look will follow."""
+        wrapper = runner.optim_wrapper
+        if self.gradients and isinstance(wrapper, RegularizedOptimWrapper):
+            wrapper.watch_gradients = not self._audited or self.every_n_train_iters(
+                runner, self.interval
+            )
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -93,22 +106,27 @@ class SlopeMonitorHook(Hook):
                     self._flips[name] = float(flip_rate(self._masks[name], mask))
                 self._masks[name] = mask.clone()
         figures = summary(rows)
+        ratio = getattr(runner.optim_wrapper, 'gradient_ratio', None)
+        if self.gradients and ratio is not None:
+            figures['gradient_ratio'] = float(ratio)
         if self._flips:
             figures['flip_rate'] = sum(self._flips.values()) / len(self._flips)
         for key, value in figures.items():
             runner.message_hub.update_scalar(f'train/slope_{key}', value)
 
     def _append_csv(self, path: Path, runner: Any, rows: list[LayerMetrics]) -> None:
-        new = not path.exists()
-        with path.open('a', newline='') as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(['epoch', 'iter', *LayerMetrics.columns(), 'flip_rate'])
-            for row in rows:
-                flips = self._flips.get(row.name)
-                writer.writerow(
-                    [runner.epoch, runner.iter, *row.values(), '' if flips is None else flips]
-                )
+        # Written anew as a whole: a run that is killed meanwhile leaves no half row.
+        text = io.StringIO(path.read_bytes().decode() if path.exists() else '', newline='')
+        new = not text.seek(0, io.SEEK_END)
+        writer = csv.writer(text)
+        if new:
+            writer.writerow(['epoch', 'iter', *LayerMetrics.columns(), 'flip_rate'])
+        for row in rows:
+            flips = self._flips.get(row.name)
+            writer.writerow(
+                [runner.epoch, runner.iter, *row.values(), '' if flips is None else flips]
+            )
+        WholeFileBackend().put_text(text.getvalue(), path)
 
 
 def _plain(model: Any) -> nn.Module:

@@ -1,0 +1,7 @@
+# SLOPE: DeiT-S, 2:4 sparsity, 4-bit weights.
+_base_ = ['./deit_small_in1k_fp32.py', '../_base_/recipes/classifier_w4.py']
+model = dict(type='slope_mm.SlopeModel', arch='ImageClassifier', recipe=_base_.recipe)
+optim_wrapper = dict(
+    constructor='slope_mm.SlopeOptimWrapperConstructor', regularizer=_base_.regularizer
+)
+custom_hooks = _base_.slope_hooks

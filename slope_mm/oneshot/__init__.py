@@ -1,0 +1,1 @@
+"""Compression without training: calibrated and least-squares steps, compensated rounding."""

@@ -1,0 +1,85 @@
+"""Whether fused kernels take the place of the plain passes, and which.
+
+Off unless asked for (``optim_wrapper.compile=True``, :func:`use_fused`): on a CPU the first use
+compiles for tens of seconds, which a short run does not earn back. On CUDA they are Triton's
+(:mod:`slope_mm.ops.triton_pass`), on a CPU those that ``torch.compile`` makes
+(:mod:`slope_mm.ops.compiled_pass`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from slope_mm.ops.quantization import Codes
+from slope_mm.ops.weight_pass import Groups
+
+# A soft mask's gradient needs whole groups at once.
+TRITON_GRADIENTS = ('ste', 'sr_ste', 'masked')
+
+_enabled = False
+
+
+def use_fused(enabled: bool) -> None:
+    """Turns the fused kernels on or off for this process."""
+    global _enabled
+    _enabled = bool(enabled)
+
+
+def fused_enabled() -> bool:
+    """Whether fused kernels are asked for."""
+    return _enabled
+
+
+@contextmanager
+def fused(enabled: bool = True) -> Iterator[None]:
+    """Scope in which the fused kernels are on (or off)."""
+    before = _enabled
+    use_fused(enabled)
+    try:
+        yield
+    finally:
+        use_fused(before)
+
+
+def _triton_runs(x: Tensor) -> bool:
+    """Whether Triton is there, and the tensor where it computes (its interpreter takes any)."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    if not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
+        return False
+    return importlib.util.find_spec('triton') is not None
+
+
+def weight_kernels(
+    w: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
+) -> ModuleType | None:
+    """The module whose ``forward_pass`` and ``backward_pass`` are to be used.
+
+    None stands for the plain ones of :mod:`slope_mm.ops.weight_pass`, which know every case.
+    """
+    if not _enabled or torch.compiler.is_compiling():
+        return None
+    if _triton_runs(w) and gradient in TRITON_GRADIENTS:
+        from slope_mm.ops import triton_pass
+
+        return triton_pass
+    from slope_mm.ops import compiled_pass
+
+    fits = compiled_pass.fits(w, codes, mask, groups, gradient)
+    return compiled_pass if fits else None
+
+
+def activation_kernels(x: Tensor) -> ModuleType | None:
+    """The module whose ``quantize_forward`` and ``quantize_backward`` are to be used, or None."""
+    if not _enabled or torch.compiler.is_compiling() or not _triton_runs(x):
+        return None
+    from slope_mm.ops import triton_pass
+
+    return triton_pass

@@ -1,0 +1,185 @@
+"""Distillation: losses against their formulas, and a teacher that looks at the same regions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from slope_mm import ConfigError, SlopeDistillationHook
+from slope_mm.engine.distillation import (
+    FEATURES,
+    LOGITS,
+    Distillation,
+    DistillationLoss,
+    feature_loss,
+    logit_loss,
+    uses_sigmoid,
+)
+from slope_mm.engine.hooks.distillation import TWO_STAGE
+
+MakeConfig = Callable[..., Config]
+HEADS = ('rpn_head', 'roi_head.bbox_head')
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def test_the_feature_loss_is_the_mean_relative_difference() -> None:
+    student, teacher = (
+        [noise(2, 3, 4, 4), noise(2, 3, 2, 2)],
+        [noise(2, 3, 4, 4, seed=1), noise(12)],
+    )
+    teacher[1] = teacher[1].reshape(12)[:12].new_ones(2, 3, 2, 2)
+    expected = np.mean(
+        [
+            np.sum((s.numpy() - t.numpy()) ** 2) / np.sum(t.numpy() ** 2)
+            for s, t in zip(student, teacher, strict=True)
+        ]
+    )
+    assert float(feature_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(feature_loss(teacher, teacher)) == 0
+
+
+@pytest.mark.parametrize('sigmoid', [True, False])
+@pytest.mark.parametrize('shape', [(5, 4), (2, 3, 4, 4)])
+def test_the_logit_loss_is_the_divergence_of_softened_predictions(
+    sigmoid: bool, shape: tuple[int, ...]
+) -> None:
+    student, teacher, temperature = noise(*shape), noise(*shape, seed=1), 2.0
+    s, t = (x.double().numpy() / temperature for x in (student, teacher))
+    if sigmoid:
+        p, q = 1 / (1 + np.exp(-t)), 1 / (1 + np.exp(-s))
+        each = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    else:
+        p = np.exp(t) / np.exp(t).sum(1, keepdims=True)
+        q = np.exp(s) / np.exp(s).sum(1, keepdims=True)
+        each = (p * np.log(p / q)).sum(1)
+    expected = temperature**2 * each.mean()
+    assert float(logit_loss(student, teacher, temperature, sigmoid)) == pytest.approx(expected)
+    assert float(logit_loss(student, student, temperature, sigmoid)) == pytest.approx(0, abs=1e-6)
+
+
+# --- a detector ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def config(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return tiny_config(tmp_path_factory.mktemp('unused'), 'mask_rcnn_r18_shapes_fp32')
+
+
+def losses_of(student: nn.Module, teacher: nn.Module, config: Config) -> dict[str, float]:
+    loss = DistillationLoss(('neck',), HEADS)
+    distillation = Distillation(student, teacher, TWO_STAGE, loss)
+    detector: Any = student
+    data = detector.data_preprocessor(tiny.first_batch(config), True)
+    torch.manual_seed(0)
+    losses = detector._run_forward(data, mode='loss')
+    distillation.detach()
+    return {key: losses[key].item() for key in (FEATURES, LOGITS)}
+
+
+def test_a_teacher_with_the_same_weights_has_nothing_to_teach(
+    config: Config, dense_run: tiny.Run
+) -> None:
+    """Behind the proposals as well: the teacher's boxes would be others than the samples."""
+    student = tiny.build(config)
+    student.load_state_dict(dense_run.model.state_dict())
+    # Batch norms of a teacher are in evaluation mode.
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+    found = losses_of(student, copy.deepcopy(student), config)
+    assert found[FEATURES] == pytest.approx(0, abs=1e-8)
+    assert found[LOGITS] == pytest.approx(0, abs=1e-5)
+    # A change of the last layer alone is seen in the logits alone.
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        teacher.roi_head.bbox_head.fc_cls.weight.mul_(-3)
+    found = losses_of(student, teacher, config)
+    assert found[FEATURES] == pytest.approx(0, abs=1e-8) and found[LOGITS] > 1e-4
+
+
+def test_heads_say_what_their_logits_are(config: Config) -> None:
+    model = tiny.build(config)
+    assert uses_sigmoid(model.rpn_head) and not uses_sigmoid(model.roi_head.bbox_head)
+
+
+def test_a_detector_trains_with_its_teacher(
+    tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        tmp_path,
+        'mask_rcnn_r18_shapes_slope_w4',
+        validate=False,
+        load_from=str(dense_run.checkpoint),
+    )
+    hook = dict(
+        type='slope_mm.SlopeDistillationHook',
+        config=str(dense_run.file),
+        checkpoint=str(dense_run.checkpoint),
+    )
+    config.custom_hooks = [*config.custom_hooks, hook]
+    run = tiny.train(config)
+    rows = tiny.read_losses(tmp_path)
+    assert len(rows) == 2
+    for row in rows:
+        assert row[FEATURES] > 0 and row[LOGITS] > 0
+        parts = [value for key, value in row.items() if key.startswith('loss_')]
+        assert row['loss'] == pytest.approx(sum(parts), rel=1e-4)
+    # Nothing of the teacher stays in the model.
+    assert not any('teacher' in key for key in run.model.state_dict())
+    assert not run.model.neck._forward_hooks and not run.model.rpn_head._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ('mirrored', 'loss', 'message'),
+    [
+        (('backbone', 'nek'), DistillationLoss((), ()), "no module 'nek'"),
+        (('backbone',), DistillationLoss(('neck',), ()), 'not among the mirrored modules'),
+    ],
+)
+def test_names_that_are_wrong_are_refused(
+    config: Config, mirrored: tuple[str, ...], loss: DistillationLoss, message: str
+) -> None:
+    model = tiny.build(config)
+    with pytest.raises(ConfigError, match=message):
+        Distillation(model, copy.deepcopy(model), mirrored, loss)
+
+
+def test_a_gap_between_mirrored_modules_is_named(config: Config) -> None:
+    student = tiny.build(config).train()
+    teacher = copy.deepcopy(student)
+    distillation = Distillation(
+        student, teacher, ('backbone', 'rpn_head'), DistillationLoss((), ('rpn_head',))
+    )
+    data = student.data_preprocessor(tiny.first_batch(config), True)
+    with pytest.raises(ConfigError, match="'rpn_head' gets a tensor that none of the mirrored"):
+        student._run_forward(data, mode='loss')
+    distillation.detach()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(feature_weight=-1), 'feature_weight=-1'),
+        (dict(temperature=0), 'temperature=0'),
+        (dict(feature_weight=0, logit_weight=0), 'compares nothing'),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SlopeDistillationHook('config.py', 'model.pth', **options)

@@ -1,0 +1,54 @@
+"""The Triton kernels: what they compute, through Triton's interpreter, and that they compile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).with_name('triton_cases.py')
+
+
+def test_the_kernels_in_a_process_that_interprets_them() -> None:
+    """A process of its own: Triton decides when it is imported."""
+    pytest.importorskip('triton', reason="needs Triton, which is made for Linux's x86-64 alone")
+    environment = dict(os.environ, TRITON_INTERPRET='1')
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'skipped' not in done.stdout, done.stdout
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code, which needs no GPU: the interpreter accepts what the compiler refuses."""
+    triton = pytest.importorskip('triton', reason="needs Triton, made for Linux's x86-64 alone")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from slope_mm.ops import triton_kernels, triton_pass
+
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    integers, numbers = {'rows', 'length', 'kernel', 'step_stride', 'count'}, {'low', 'high'}
+    numbers |= {'offset', 'decay'}
+    groups = dict(N=2, M=4, WIDTH=4, LANES=512, QUANTIZED=True, MASKED=False)
+    kernels = {
+        triton_kernels.forward_kernel: groups,
+        triton_kernels.backward_kernel: dict(groups, TASK=True, SUMS=True, GRADIENT='sr_ste'),
+        triton_kernels.quantize_kernel: dict(TILE=2048),
+        triton_kernels.quantize_backward_kernel: dict(TILE=2048),
+    }
+    for kernel, constants in kernels.items():
+        types = {name: '*u8' if name == 'mask' else '*fp32' for name in kernel.arg_names}
+        types.update(dict.fromkeys(integers & types.keys(), 'i32'))
+        types.update(dict.fromkeys(numbers & types.keys(), 'fp32'))
+        types.update(dict.fromkeys(constants, 'constexpr'))
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        made = triton.compile(
+            ASTSource(kernel, types, places),
+            target=GPUTarget('cuda', 80, 32),
+            options=triton_pass.OPTIONS,
+        )
+        assert made.asm['cubin'], kernel
