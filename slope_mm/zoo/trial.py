@@ -85,7 +85,7 @@ def prepared(config: Config) -> Config:
 def _clean(section: Any) -> None:
     if isinstance(section, dict):
         init = section.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and 'checkpoint' in init:
             section['init_cfg'] = None
         if isinstance(section.get('pretrained'), str):
             section['pretrained'] = None
