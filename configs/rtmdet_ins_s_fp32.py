@@ -22,6 +22,7 @@ slope_hooks = [
     dict(type='slope_mm.EpochSeedHook'),
     dict(type='slope_mm.SlopeCalibrationHook', batches=4),
     dict(type='slope_mm.SlopeScheduleHook'),
+    dict(type='slope_mm.SlopeFiniteHook'),
     dict(type='slope_mm.SlopeMonitorHook', interval=25),
 ]
 custom_hooks = slope_hooks[:2]

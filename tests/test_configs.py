@@ -172,6 +172,17 @@ def test_a_detector_config_says_only_what_slope_adds(name: str, arm: str) -> Non
     assert len(lines) <= 15
 
 
+@pytest.mark.parametrize('name', DETECTORS)
+def test_a_detector_config_adds_the_hooks_of_a_slope_run(name: str) -> None:
+    shared = Config.fromfile(CONFIGS / '_base_/schedules/slope_hooks.py').slope_hooks
+    own = [plain(hook) for hook in detector(name, 'slope_w4a4').custom_hooks]
+    assert [h for h in own if h['type'].startswith('slope_mm.')] == [plain(h) for h in shared]
+    stock = read_stock(config_root() / DETECTORS[name][1]).get('custom_hooks') or []
+    # The second stage's pipeline of RTMDet is the whole fine-tuning's.
+    kept = {h.type for h in stock} - {'PipelineSwitchHook'}
+    assert kept <= {h['type'] for h in own}
+
+
 @pytest.mark.parametrize('arm', ['fp32', *DETECTOR_ARMS])
 @pytest.mark.parametrize('name', DETECTORS)
 def test_a_detector_config_keeps_the_stock_optimizer_settings(name: str, arm: str) -> None:

@@ -20,10 +20,10 @@ CAUSES = (
     (r'transformers|nltk|fairscale', 'needs transformers'),
     (r'skimage|scikit-image', 'needs scikit-image'),
     (r'detectron2', 'needs detectron2'),
-    (r'No module named|not installed|motmetrics|is not defined', 'needs another package'),
+    (r'No module named|not installed|pip install|mim install', 'needs another package'),
     (r'FileNotFoundError', "inherits from a config that mmdet's package lacks"),
     (r'not compiled|CUDA|cuda|not implemented on CPU|implementation for device cpu', 'needs a GPU'),
-    (r'NotImplementedError', 'is no detector that trains as a whole'),
+    (r'NotImplementedError', 'does not train as a whole'),
     (r'alloc|memory|MemoryError', 'needs more than 8 GB'),
     (r'stopped after', 'takes too long here'),
 )

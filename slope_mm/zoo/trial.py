@@ -76,16 +76,18 @@ def prepared(config: Config) -> Config:
         if section.get('data_preprocessor', {}).get('batch_augments'):
             section['data_preprocessor']['batch_augments'] = None
     _clean(config.model)
-    if 'optim_wrapper' in config:
-        _clean(config.optim_wrapper)
-        config.optim_wrapper.pop('loss_scale', None)
+    if config.get('optim_wrapper') is None:
+        # A tracker's, whose parts are trained by other configs.
+        config.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+    _clean(config.optim_wrapper)
+    config.optim_wrapper.pop('loss_scale', None)
     return config
 
 
 def _clean(section: Any) -> None:
     if isinstance(section, dict):
         init = section.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and 'checkpoint' in init:
             section['init_cfg'] = None
         if isinstance(section.get('pretrained'), str):
             section['pretrained'] = None
@@ -131,10 +133,6 @@ def try_config(config: Config, note: Callable[..., None], pack: bool = True) -> 
         DenseFailure: If the stock model fails; everything else that is raised is the compressed
             model's.
     """
-    if 'optim_wrapper' not in config:
-        config.optim_wrapper = dict(
-            type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)
-        )
     dense, side, reached, state, shared = try_dense(config, note)
     with stage('slope', note):
         slope: BaseModel = build_model(slope_config(config))
