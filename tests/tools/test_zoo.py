@@ -27,7 +27,7 @@ def test_the_tool_writes_results_and_page(
 ) -> None:
     out = work_dir / 'docs'
     assert tiny.call_tool('zoo', '--work-dir', work_dir, '--out', out) == 0
-    assert '2 configs stand for the zoo' in capsys.readouterr().out
+    assert '2 configs that stand for the zoo were tried' in capsys.readouterr().out
     assert 'no base' in (out / 'zoo.md').read_text()
     assert {row['config'] for row in json.loads((out / 'zoo.json').read_text())['results']} == {
         'lost/lost.py',
