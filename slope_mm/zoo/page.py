@@ -99,8 +99,8 @@ def summary(rows: Iterable[Result]) -> list[str]:
         if row['status'] in ('unread', 'dense fails'):
             counts[cause(row['reason'])] = counts.get(cause(row['reason']), 0) + 1
     lines = [
-        f'- {len(rows)} configs that stand for the zoo were tried (`tools/zoo.py --list` names all);'
-        f' {same} of them repeat the model of another and were not run again.',
+        f'- {len(rows)} configs that stand for the zoo were tried (`tools/zoo.py --list` names'
+        f' all); {same} of them repeat the model of another and were not run again.',
         f'- {len(dense)} dense twins run here; {len(runs)} of them also run compressed'
         f' ({len({r["detector"] for r in runs})} detector classes,'
         f' {len({r["backbone"] for r in runs})} backbones), {len(sound)} without any complaint.',
