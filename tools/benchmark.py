@@ -39,7 +39,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--threads', type=int, default=1, help='for torch, equal for all arms')
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--compile', action='store_true', help='optim_wrapper.compile=True')
     parser.add_argument('--checkpoint', help='inference: of a SlopeModel; default: random weights')
     parser.add_argument(
         '--recipe', default='W4A4', help='inference: what a stock config is compressed as'

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slope_mm.engine.launch import build_model
 from slope_mm.errors import ConfigError
+from slope_mm.ops.fused import fused
 
 # Arm to the recipe's weight and activation settings; 'stock' has none.
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -23,6 +24,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     'W4': dict(weight=dict(sparsity='2:4', bits=4)),
     'W4A4': dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4)),
 }
+# Behind an arm's name: its passes are fused kernels (``optim_wrapper.compile``).
+COMPILED = ' compiled'
 
 
 def arm_config(config: Config, arm: str) -> Config:
@@ -31,19 +34,24 @@ def arm_config(config: Config, arm: str) -> Config:
     Raises:
         ConfigError: For an unknown arm, or a base config that is compressed itself.
     """
-    if arm not in ARMS:
-        raise ConfigError(f'arm {arm!r} is unknown; choose from {", ".join(ARMS)}')
+    plain = arm.removesuffix(COMPILED)
+    if plain not in ARMS or (plain != arm and ARMS[plain] is None):
+        raise ConfigError(
+            f'arm {arm!r} is unknown; choose from {", ".join(ARMS)}, the compressed ones also with'
+            f' {COMPILED!r} behind'
+        )
     if 'recipe' in config.model:
         raise ConfigError('give the config of a stock model; the arms compress it themselves')
     made = copy.deepcopy(config)
     made.load_from = None
     _without_downloads(made.model)
-    recipe = ARMS[arm]
+    recipe = ARMS[plain]
     if recipe is not None:
         made.model.arch, made.model.type = made.model.type, 'slope_mm.SlopeModel'
         made.model.recipe = recipe
         made.optim_wrapper.constructor = 'slope_mm.SlopeOptimWrapperConstructor'
         made.optim_wrapper.regularizer = dict(type='cosine', weight=1.0)
+        made.optim_wrapper.compile = plain != arm
     return made
 
 
@@ -135,12 +143,15 @@ class TrainingStep:
         for group in self._wrapper.optimizer.param_groups:
             group['lr'] = 1e-6
         self._model, self._batch = model, batch
+        # Building a wrapper decides for the whole process; here arms take turns.
+        self._kernels = bool(config.optim_wrapper.get('compile'))
         # The first step initialises what later ones only use.
         self()
 
     def __call__(self) -> Any:
         torch.manual_seed(0)
-        return self._model.train_step(copy.deepcopy(self._batch), self._wrapper)
+        with fused(self._kernels):
+            return self._model.train_step(copy.deepcopy(self._batch), self._wrapper)
 
     def standing_bytes(self) -> int:
         """Bytes between two steps: parameters, buffers, the optimizer's state (no gradients)."""

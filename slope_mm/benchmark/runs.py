@@ -38,9 +38,6 @@ def _steps(args: Namespace, config: Config) -> dict[str, detectors.TrainingStep]
     built = detectors.build_arms(config, args.arms, args.device)
     first = next(iter(built.values()))[0]
     batch = detectors.make_batch(first, tuple(args.size), args.batch, detectors.classes_of(config))
-    for _, made in built.values():
-        if args.compile and 'regularizer' in made.optim_wrapper:
-            made.optim_wrapper.compile = True
     return {arm: detectors.TrainingStep(*pair, batch) for arm, pair in built.items()}
 
 

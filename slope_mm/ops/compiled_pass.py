@@ -1,143 +1,147 @@
-"""The weight pass through ``torch.compile``: the main path fused into one loop each way.
+"""The passes through kernels that are compiled ahead of time for a CPU: one loop each way.
 
-The members of a group are unrolled, so that mask, rounding, clip range and sums become one vector
-loop over the kernel positions. The result is that of the plain pass, bit for bit but for the order
-in which sums are added up.
-
-It pays on a CPU where a vector loop fits the layer: 3x3 kernels and groups of up to 8. The first
-use compiles for tens of seconds; inductor keeps the result on disk. Measurements:
-docs/performance.md.
+The result is that of the plain passes, bit for bit but for the order in which sums are added up.
+Nothing but W, or the values before quantization, is kept for the backward pass: a group's largest
+are found again. The first use on a machine compiles for a minute; later ones load what is on disk
+(:mod:`slope_mm.ops.kernel_store`). Measurements: docs/performance.md.
 """
 
 from __future__ import annotations
 
 import functools
-import types
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slope_mm.ops import kernel_store
 from slope_mm.ops.quantization import Codes
-from slope_mm.ops.selection import kth_largest
+from slope_mm.ops.selection import BLOCK
 from slope_mm.ops.weight_pass import DENSE, Groups
 
-# Beyond this the unrolled network spills registers: 2:16 is four times slower than the plain pass.
-LARGEST_GROUP = 8
-# Along one or two positions there is no vector loop; 7x7 is one layer, not worth a kernel.
-KERNELS = (9,)
+# A rank is counted by comparing with all members of a group.
+LARGEST_GROUP = 16
+GRADIENTS = ('ste', 'sr_ste', 'masked')
+# Weights up to this size are copied between two rows of padding, where they stay in the cache.
+SMALL = BLOCK // 2
 
 
-def fits(
-    w: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
+def fits_weight(
+    rows: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
 ) -> bool:
-    """Whether the compiled pass knows this case; the plain one knows all."""
-    _, m, kernel = groups or DENSE
+    """Whether the kernels know this case (and can be had); the plain passes know all."""
+    m = (groups or DENSE).m
     return (
-        w.dtype == torch.float32
+        _fits(rows)
         and codes is not None
         and mask is None
         and m <= LARGEST_GROUP
-        and kernel in KERNELS
-        and gradient == 'ste'
+        and gradient in GRADIENTS
+        and min(rows.shape) > 1
+        and kernel_store.kernels(('weight_forward', m), ('weight_backward', m)) is not None
     )
 
 
-def _kept(members: tuple[Tensor, ...], n: int) -> list[Tensor]:
-    """Which members are among their group's ``n`` largest; lower indices win ties."""
-    if n == len(members):
-        return [torch.ones_like(member, dtype=torch.bool) for member in members]
-    magnitudes = tuple(member.abs() for member in members)
-    threshold = kth_largest(magnitudes, n)
-    above = [magnitude > threshold for magnitude in magnitudes]
-    room = n - sum(mark.to(torch.int32) for mark in above)
-    kept = []
-    for magnitude, mark in zip(magnitudes, above, strict=True):
-        tied = magnitude == threshold
-        kept.append(mark | (tied & (room > 0)))
-        room = room - tied.to(torch.int32)
-    return kept
-
-
-def _level(x: Tensor, step: Tensor, low: float, high: float, offset: float) -> Tensor:
-    return (torch.clamp(torch.round(x / step - offset), low, high) + offset) * step
-
-
-def _forward(
-    w: Tensor, step: Tensor, *, n: int, low: float, high: float, offset: float
-) -> tuple[Tensor, ...]:
-    members = w.unbind(2)
-    levels = [
-        torch.where(keep, _level(x, step, low, high, offset), 0.0)
-        for x, keep in zip(members, _kept(members, n), strict=True)
-    ]
-    compressed = torch.stack(levels, 2)
+def fits_activation(x: Tensor) -> bool:
+    """The same for a quantizer with a single step."""
     return (
-        compressed,
-        (w * w).sum((1, 2, 3)),
-        (w * compressed).sum((1, 2, 3)),
-        (compressed * compressed).sum((1, 2, 3)),
+        _fits(x)
+        and min(_factors(x)) > 1
+        and kernel_store.kernels(('activation_forward', 1), ('activation_backward', 1)) is not None
     )
 
 
-def _backward(
-    grad: Tensor,
-    w: Tensor,
-    step: Tensor,
-    by_latent: Tensor,
-    by_level: Tensor,
-    *,
-    n: int,
-    low: float,
-    high: float,
-    offset: float,
-) -> tuple[Tensor, Tensor]:
-    members = w.unbind(2)
-    total, by_step = [], []
-    for x, g, keep in zip(members, grad.unbind(2), _kept(members, n), strict=True):
-        scaled = x / step
-        level = torch.where(keep, _level(x, step, low, high, offset), 0.0)
-        inside = (scaled > low + offset) & (scaled < high + offset)
-        passed = torch.where(inside | ~keep, g, 0.0)
-        by_step.append(torch.where(keep, g * (level / step) - passed * scaled, 0.0))
-        total.append(passed + (by_latent * x + by_level * level))
-    return torch.stack(total, 2), torch.stack(by_step, 2).sum((1, 2, 3))
+def _factors(x: Tensor) -> tuple[int, int]:
+    """Rows and their length that a tensor's values are taken as: one sum is made of each row.
 
-
-@functools.cache
-def _kernel(function: types.FunctionType, n: int, m: int) -> Callable[..., Any]:
-    """The compiled function of a pattern.
-
-    Each has a code object of its own: torch counts recompilations by code object.
+    A feature map's rows are its channels, short enough for a sum in fp32.
     """
-    name = f'slope{function.__name__}_{n}_{m}'
-    made = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    made.__kwdefaults__ = {'n': n}
-    return torch.compile(made, dynamic=True)
+    rows = math.prod(x.shape[:-2]) if x.dim() > 2 else math.prod(x.shape[:-1])
+    length = x.numel() // max(rows, 1)
+    return rows, length
 
 
-def _grouped(rows: Tensor, m: int, kernel: int) -> Tensor:
-    """``[rows, groups, m, kernel]`` with the last two sizes known to the compiler."""
-    view = rows.view(rows.shape[0], -1, m, kernel)
-    torch._dynamo.mark_static(view, 2)
-    torch._dynamo.mark_static(view, 3)
-    return view
+def _fits(x: Tensor) -> bool:
+    is_plain = x.dtype == torch.float32 and x.device.type == 'cpu'
+    return is_plain and x.numel() > 1 and kernel_store.available()
+
+
+@functools.lru_cache(256)
+def _member(length: int, groups: Groups) -> Tensor:
+    """Each position's index in its group."""
+    with torch.inference_mode(False):
+        return (torch.arange(length) // groups.kernel % groups.m).to(torch.float32)
+
+
+@functools.lru_cache(256)
+def _scalars(codes: Codes, n: int, gradient: str = 'ste', decay: float = 0.0) -> Tensor:
+    """The vector of :data:`~slope_mm.ops.kernel_code.SCALARS`."""
+    share = 0.0 if gradient == 'masked' else 1.0
+    decay = decay if gradient == 'sr_ste' else 0.0
+    with torch.inference_mode(False):
+        return torch.tensor([codes.qn, codes.qp, codes.offset, n, share, decay])
+
+
+class _Rows(NamedTuple):
+    """Rows that a kernel works on at once, and where the weights around them are.
+
+    Attributes:
+        rows: ``[count, length]``.
+        neighbours: As in :mod:`~slope_mm.ops.kernel_code`.
+        where: Which rows of the weight they are.
+    """
+
+    rows: Tensor
+    neighbours: list[Tensor]
+    where: slice
+
+
+def _inner(w: Tensor, groups: Groups, where: slice) -> _Rows:
+    """The rows of ``w`` but for the first and the last, whose neighbours may lie outside of it."""
+    rows, length = w.shape[0] - 2, w.shape[1]
+    flat, size = w.view(-1), rows * length
+    neighbours = []
+    for distance in range(groups.kernel, groups.m * groups.kernel, groups.kernel):
+        neighbours.append(flat[length - distance :][:size].view(rows, length))
+        neighbours.append(flat[length + distance :][:size].view(rows, length))
+    return _Rows(w[1:-1], neighbours, where)
+
+
+def _pieces(w: Tensor, groups: Groups) -> list[_Rows]:
+    """All rows, with two rows of anything around those at the edges.
+
+    What lies outside of a group is read and not looked at, so it may be anything that is there.
+    """
+    count, length = w.shape
+    if groups.m == 1:
+        return [_Rows(w, [], slice(0, count))]
+    if w.numel() <= SMALL or count < 4:
+        padded = w.new_empty(count + 2, length)
+        padded[1:-1] = w
+        return [_inner(padded, groups, slice(0, count))]
+    padded = w.new_empty(4, length)
+    torch.stack((w[0], w[-1]), out=padded[1:3])
+    edges = slice(0, count, count - 1)
+    return [_inner(w, groups, slice(1, count - 1)), _inner(padded, groups, edges)]
 
 
 def forward_pass(
     w: Tensor, step: Tensor, codes: Codes, mask: None, groups: Groups | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums, without keeping the mask."""
-    n, m, kernel = groups or DENSE
-    compressed, *sums = _kernel(_forward, n, m)(
-        _grouped(w, m, kernel),
-        step.view(-1, 1, 1),
-        low=float(codes.qn),
-        high=float(codes.qp),
-        offset=codes.offset,
-    )
-    return compressed.view(w.shape), torch.stack(sums)
+    groups = groups or DENSE
+    kernel = _one('weight_forward', groups.m)
+    member, scalars = _member(w.shape[1], groups), _scalars(codes, groups.n)
+    step = step.expand(w.shape[0], 1)
+    compressed, powers = torch.empty_like(w), w.new_empty(3, w.shape[0])
+    for rows, around, where in _pieces(w, groups):
+        targets = [compressed[where], *powers[:, where]]
+        given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
+        kernel([rows, *around, member, step[where].contiguous(), scalars, *given])
+        _fill(targets, given)
+    return compressed, powers
 
 
 def backward_pass(
@@ -152,20 +156,55 @@ def backward_pass(
     gradient: str,
     decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`slope_mm.ops.weight_pass.backward_pass`; finds the compressed weight again, too."""
-    n, m, kernel = groups or DENSE
+    """:func:`slope_mm.ops.weight_pass.backward_pass`; finds mask and compressed weight again."""
+    groups = groups or DENSE
+    kernel = _one('weight_backward', groups.m)
+    member = _member(w.shape[1], groups)
+    scalars = _scalars(codes, groups.n, gradient, decay)
+    count = w.shape[0]
+    step = step.expand(count, 1)
     if grad is None:
         grad = torch.zeros_like(w)
     if grad_powers is None:
-        grad_powers = torch.zeros(3, w.shape[0], device=w.device)
-    grad_w, grad_step = _kernel(_backward, n, m)(
-        _grouped(grad, m, kernel),
-        _grouped(w, m, kernel),
-        step.view(-1, 1, 1),
-        2 * grad_powers[0].view(-1, 1, 1),
-        grad_powers[1].view(-1, 1, 1),
-        low=float(codes.qn),
-        high=float(codes.qp),
-        offset=codes.offset,
-    )
-    return grad_w.view(w.shape), grad_step.view(-1, 1)
+        by_latent = by_level = w.new_zeros(count, 1)
+    else:
+        by_latent, by_level = (2 * grad_powers[0]).view(-1, 1), grad_powers[1].view(-1, 1)
+    grad_w, grad_step = torch.empty_like(w), w.new_empty(count)
+    for rows, around, where in _pieces(w, groups):
+        targets = [grad_w[where], grad_step[where]]
+        given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
+        by_row = [x[where].contiguous() for x in (step, by_latent, by_level)]
+        kernel([grad[where].contiguous(), rows, *around, member, *by_row, scalars, *given])
+        _fill(targets, given)
+    return grad_w, grad_step.view(-1, 1)
+
+
+def _fill(targets: list[Tensor], given: list[Tensor]) -> None:
+    for target, found in zip(targets, given, strict=True):
+        if target is not found:
+            target.copy_(found)
+
+
+def _one(name: str, m: int) -> Callable[..., object]:
+    found = kernel_store.kernels((name, m))
+    assert found is not None
+    return found[0]
+
+
+def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+    """:func:`slope_mm.ops.activation_pass.quantize_forward` of a dense tensor."""
+    result = torch.empty_like(x)
+    flat = [t.as_strided((t.numel(),), (1,)) for t in (x, result)]
+    _one('activation_forward', 1)([flat[0], step, _scalars(codes, 1), flat[1]])
+    return result
+
+
+def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """:func:`slope_mm.ops.activation_pass.quantize_backward`; ``grad`` lies in memory as ``x``."""
+    result = torch.empty_like(x)
+    rows, length = _factors(x)
+    flat = [t.as_strided((rows, length), (length, 1)) for t in (grad, x, result)]
+    by_row = x.new_empty(rows)
+    steps = step.expand(rows, 1).contiguous()
+    _one('activation_backward', 1)([*flat[:2], steps, _scalars(codes, 1), flat[2], by_row])
+    return result, by_row.sum(dtype=torch.float64)

@@ -52,7 +52,7 @@ class _Compress(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         latent, s = as_rows(w, *axes), None if step is None else positive(step).reshape(-1, 1)
         kept = None if mask is None else as_rows(mask, *axes)
-        ctx.kernels = fused.weight_kernels(w, codes, mask, groups, gradient)
+        ctx.kernels = fused.weight_kernels(latent, codes, mask, groups, gradient)
         if ctx.kernels is not None:
             rows, powers = ctx.kernels.forward_pass(latent, s, codes, kept, groups)
         else:

@@ -59,7 +59,7 @@ def _triton_runs(x: Tensor) -> bool:
 
 
 def weight_kernels(
-    w: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
+    rows: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
 ) -> ModuleType | None:
     """The module whose ``forward_pass`` and ``backward_pass`` are to be used.
 
@@ -67,20 +67,24 @@ def weight_kernels(
     """
     if not _enabled or is_compiling():
         return None
-    if _triton_runs(w) and gradient in TRITON_GRADIENTS:
+    if _triton_runs(rows) and gradient in TRITON_GRADIENTS:
         from slope_mm.ops import triton_pass
 
         return triton_pass
     from slope_mm.ops import compiled_pass
 
-    fits = compiled_pass.fits(w, codes, mask, groups, gradient)
+    fits = compiled_pass.fits_weight(rows, codes, mask, groups, gradient)
     return compiled_pass if fits else None
 
 
 def activation_kernels(x: Tensor) -> ModuleType | None:
     """The module whose ``quantize_forward`` and ``quantize_backward`` are to be used, or None."""
-    if not _enabled or is_compiling() or not _triton_runs(x):
+    if not _enabled or is_compiling():
         return None
-    from slope_mm.ops import triton_pass
+    if _triton_runs(x):
+        from slope_mm.ops import triton_pass
 
-    return triton_pass
+        return triton_pass
+    from slope_mm.ops import compiled_pass
+
+    return compiled_pass if compiled_pass.fits_activation(x) else None

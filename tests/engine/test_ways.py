@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slope_mm import ConfigError, SlopeError, bake, compressed_layers
 from slope_mm.engine import launch
 from slope_mm.engine.refusals import BACKEND_PACKAGES, check_backends, check_wrapped
+from slope_mm.ops.fused import fused, fused_enabled
 
 MakeConfig = Callable[..., Config]
 
@@ -211,6 +212,19 @@ def test_a_compiled_train_step_trains_alike(backend: str, tmp_path: Path) -> Non
     from torch._dynamo.utils import counters
 
     assert counters['stats']['unique_graphs'] > 0
+    state = tiny.state_of(found.model)
+    for name, value in tiny.state_of(wanted.model).items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_passes_train_alike(tmp_path: Path) -> None:
+    """``optim_wrapper.compile``: the compression itself through compiled kernels."""
+    wanted = tiny.train(tiny.toy_config(tmp_path / 'plain'))
+    config = tiny.toy_config(tmp_path / 'fused')
+    config.optim_wrapper.compile = True
+    with fused(False):
+        found = tiny.train(config)
+        assert fused_enabled()
     state = tiny.state_of(found.model)
     for name, value in tiny.state_of(wanted.model).items():
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,47 @@
+"""``python -m slope_mm.ops.kernel_build FOLDER/NAME-M.pt2``: compiles one kernel.
+
+A program of its own, which :mod:`slope_mm.ops.kernel_store` runs: the compiler takes seconds to
+import and hundreds of megabytes, and must not see the modes of a training step.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import torch
+import torch._inductor
+
+from slope_mm.ops.kernel_code import EXAMPLES
+
+
+def build(file: Path) -> None:
+    """Compiles the kernel that a file is named after, and puts it there as a whole.
+
+    Args:
+        file: ``NAME-M.pt2`` with a name of :data:`~slope_mm.ops.kernel_code.EXAMPLES`.
+    """
+    name, _, m = file.stem.rpartition('-')
+    example = EXAMPLES[name](int(m))
+    with torch.no_grad():
+        program = torch.export.export(
+            example.module, example.inputs, dynamic_shapes=example.dynamic, strict=False
+        )
+    # AOTInductor wants a name that ends like this.
+    partial = file.with_name(f'.{file.stem}.{secrets.token_hex(4)}.part.pt2')
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(partial),
+            # As many threads as torch has when a kernel runs, not as it has here.
+            inductor_configs={'cpp.dynamic_threads': True},
+        )
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    build(Path(sys.argv[1]))
