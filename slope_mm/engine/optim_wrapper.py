@@ -192,8 +192,11 @@ class RegularizedOptimWrapper(OptimWrapper):
             self._layers = list(compressed_layers(module).values())
         factor = self._loss_factor()
         sums = self.regularizer.gradient == 'exact' and self.regularizer.active
+        again = self.regularizer.gradient == 'ste' and self.regularizer.active
         for layer in self._layers:
-            layer.begin_sharing(sums)
+            # A layer that ran once will do so again; heads that levels share run several times.
+            once = layer.runs == 1 and not again and fused.fused_enabled()
+            layer.begin_sharing(sums, let_go=once)
             layer.runs, layer.loss_factor = 0, factor
         module.slope_in_step = True  # type: ignore[assignment]
 
@@ -292,9 +295,9 @@ class SlopeOptimWrapperConstructor:
             Defaults to ``'DefaultOptimWrapperConstructor'``.
         step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
         step_limit: Largest relative change of a step in one update. Defaults to 0.005.
-        compile: Compress through fused kernels: on a CPU 3x3 convolutions' weights through
-            ``torch.compile``, which is faster for large models after some tens of seconds of
-            compiling (docs/performance.md); on CUDA weights and activations through Triton.
+        compile: Compress through fused kernels, which take less time, and hold no compressed
+            weight between a layer's forward and backward: on a CPU those that torch compiles ahead
+            of time, once on a machine, for about a minute (docs/performance.md); on CUDA Triton's.
             Defaults to False.
 
     Steps get no weight decay: it would pull every level towards zero.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
+from slope_mm.ops.compress import Compress
 from slope_mm.ops.learned_step import QuantizeLSQ
 from slope_mm.ops.tracing import is_compiling
 
@@ -42,7 +44,7 @@ def quantize_activation(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
 
 
 class _Again(NamedTuple):
-    """Stands for a saved view of a quantized input until the backward pass asks for it."""
+    """Stands for a saved view of what a graph node computed until the backward pass asks for it."""
 
     node: Any
     size: tuple[int, ...]
@@ -50,21 +52,33 @@ class _Again(NamedTuple):
     offset: int
 
 
-def kept_as_recipe(*inputs: Tensor) -> AbstractContextManager[Any]:
-    """Scope in which operators that keep a quantized input for their backward do not keep a copy.
+# Graph nodes by what computes their result again.
+_AGAIN: dict[str, Callable[[Any], Tensor]] = {
+    f'{kind.__name__}Backward': kind.again for kind in (QuantizeLSQ, Compress)
+}
 
-    It is quantized again when the backward pass needs it, from the values before quantization,
-    which the graph holds anyway (a ReLU keeps its result). Otherwise every quantized activation
-    would be in memory twice.
+
+def _comes_again(x: Tensor) -> bool:
+    """Whether the backward pass may compute a tensor once more instead of finding it kept."""
+    node: Any = x.grad_fn
+    kind = type(node).__name__
+    return kind in _AGAIN and (kind != f'{Compress.__name__}Backward' or node.let_go)
+
+
+def kept_as_recipe(*tensors: Tensor) -> AbstractContextManager[Any]:
+    """Scope in which operators that keep a tensor for their backward keep how it was made instead.
+
+    A quantized input is quantized again when the backward pass needs it, from the values before
+    quantization, which the graph holds anyway (a ReLU keeps its result); otherwise every quantized
+    activation would be in memory twice. A weight that its layer lets go of
+    (:class:`~slope_mm.layers.sharing.SharedWeight`) is compressed again.
 
     Args:
-        *inputs: What :func:`quantize_activation` returned; anything else is left alone.
+        *tensors: What :func:`quantize_activation` returned, and compressed weights; anything else
+            is left alone.
     """
-    name = f'{QuantizeLSQ.__name__}Backward'
     nodes = {
-        (x.untyped_storage().data_ptr(), x.dtype): x.grad_fn
-        for x in inputs
-        if type(x.grad_fn).__name__ == name
+        (x.untyped_storage().data_ptr(), x.dtype): x.grad_fn for x in tensors if _comes_again(x)
     }
     if not nodes or is_compiling():
         return nullcontext()
@@ -78,7 +92,7 @@ def kept_as_recipe(*inputs: Tensor) -> AbstractContextManager[Any]:
     def unpack(kept: Tensor | _Again) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        values = QuantizeLSQ.again(kept.node)
+        values = _AGAIN[type(kept.node).__name__](kept.node)
         return values.as_strided(kept.size, kept.stride, kept.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

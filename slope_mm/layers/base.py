@@ -40,6 +40,7 @@ _OWN_ATTRIBUTES = (
     '_shared',
     '_sharing',
     '_sums',
+    '_let_go',
     '_observers',
     'runs',
     'loss_factor',
@@ -87,6 +88,7 @@ class CompressedLayer(SavedState):
         self._sharing = False
         # Recomputation in a backward pass has to repeat what the forward did: outlives a scope.
         self._sums = True
+        self._let_go = False
         self._observers = []
         # How often the layer ran for training since it was last reset.
         self.runs = 0
@@ -190,7 +192,9 @@ class CompressedLayer(SavedState):
             TensorError: If ``weight`` holds NaN or infinity (checked wherever that does not stall
                 a GPU).
         """
-        return self._compressed(sums=False)[0]
+        compressed, _ = self._compressed(sums=False)
+        assert compressed is not None
+        return compressed
 
     def weight_powers(self) -> Tensor:
         """``w·w``, ``w·ŵ`` and ``ŵ·ŵ`` per output channel: all that the regularizers look at.
@@ -203,7 +207,8 @@ class CompressedLayer(SavedState):
         """
         return self._compressed(sums=True)[1]
 
-    def _compressed(self, sums: bool) -> tuple[Tensor, Tensor]:
+    def _compressed(self, sums: bool) -> tuple[Tensor | None, Tensor]:
+        """The sums if they are wanted, else the weight; the other one comes along where it is."""
         wants_grad = torch.is_grad_enabled() and self.weight.requires_grad
         shared = self._shared if self._sharing else None
         if shared is not None and shared.serves(wants_grad, sums):
@@ -229,7 +234,9 @@ class CompressedLayer(SavedState):
                 check_finite=finite,
             )
         if self._sharing:
-            self._shared = SharedWeight(compressed, powers, sums)
+            # A weight that is used once more after all is held from then on.
+            let_go = self._let_go and wants_grad and shared is None
+            self._shared = SharedWeight(compressed, powers, sums, let_go)
         return compressed, powers
 
     @property

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 
-class SharedWeight(NamedTuple):
-    """A compressed weight, and what it may be used for."""
+class SharedWeight:
+    """A compressed weight, and what it may be used for.
 
-    compressed: Tensor
-    powers: Tensor
-    sums: bool
+    Where fused kernels make it, holding it costs more than making it again. So a layer that runs
+    once a step may let go of it: then the weight lives as long as the operator that consumes it,
+    and that operator's backward compresses once more.
+
+    Attributes:
+        powers: The sums that regularizers need.
+        sums: Whether all of them are there.
+    """
+
+    def __init__(
+        self, compressed: Tensor, powers: Tensor, sums: bool, let_go: bool = False
+    ) -> None:
+        self.powers, self.sums = powers, sums
+        self._has_graph = compressed.requires_grad
+        self._weight = weakref.ref(compressed)
+        node: Any = compressed.grad_fn
+        again = let_go and getattr(node, 'kernels', None) is not None
+        if again:
+            node.let_go = True
+        self._held = None if again else compressed
 
     def serves(self, wants_grad: bool, sums: bool) -> bool:
-        """Whether it has the graph and the sums that are asked for."""
-        return (self.compressed.requires_grad or not wants_grad) and (self.sums or not sums)
+        """Whether the sums that are asked for, or else the weight, are there with their graph."""
+        there = self.sums if sums else self._weight() is not None
+        return there and (self._has_graph or not wants_grad)
 
-    def outputs(self, wants_grad: bool) -> tuple[Tensor, Tensor]:
-        """Compressed weight and sums, with their graph or without."""
+    def outputs(self, wants_grad: bool) -> tuple[Tensor | None, Tensor]:
+        """Compressed weight (None where it was let go) and sums, with their graph or without."""
+        compressed = self._weight()
         if wants_grad:
-            return self.compressed, self.powers
-        return self.compressed.detach(), self.powers.detach()
+            return compressed, self.powers
+        return None if compressed is None else compressed.detach(), self.powers.detach()
 
 
 class SharedWeightScope(nn.Module):
@@ -33,6 +53,7 @@ class SharedWeightScope(nn.Module):
     _shared: SharedWeight | None
     _sharing: bool
     _sums: bool
+    _let_go: bool
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -48,16 +69,17 @@ class SharedWeightScope(nn.Module):
         """Whether a sharing scope is open."""
         return self._sharing
 
-    def begin_sharing(self, sums: bool = True, keep: bool = False) -> None:
+    def begin_sharing(self, sums: bool = True, keep: bool = False, let_go: bool = False) -> None:
         """Opens a sharing scope.
 
         Args:
             sums: Whether :meth:`weight_powers` will be asked for in training.
             keep: Go on with what an earlier scope kept; it has to be right still.
+            let_go: Whether the weight need not be held between its uses.
         """
         if not keep:
             self._shared = None
-        self._sharing, self._sums = True, sums
+        self._sharing, self._sums, self._let_go = True, sums, let_go
 
     def end_sharing(self, keep: bool = False) -> None:
         """Closes the sharing scope and lets go of the compressed weight and its graph.

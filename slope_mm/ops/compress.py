@@ -32,7 +32,7 @@ GRADIENTS = {
 SR_STE_DECAY = 2e-4
 
 
-class _Compress(torch.autograd.Function):
+class Compress(torch.autograd.Function):
     """``(w, step, mask) -> (compressed, powers)``."""
 
     @staticmethod
@@ -52,6 +52,8 @@ class _Compress(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         latent, s = as_rows(w, *axes), None if step is None else positive(step).reshape(-1, 1)
         kept = None if mask is None else as_rows(mask, *axes)
+        # Set by whoever does not hold the result: operators need not keep it either.
+        ctx.let_go = False
         ctx.kernels = fused.weight_kernels(latent, codes, mask, groups, gradient)
         if ctx.kernels is not None:
             rows, powers = ctx.kernels.forward_pass(latent, s, codes, kept, groups)
@@ -61,7 +63,9 @@ class _Compress(torch.autograd.Function):
                 latent, s, codes, kept, groups, sums=sums, keep_mask=any(ctx.needs_input_grad)
             )
         compressed = from_rows(rows, tuple(w.shape), *axes)
-        ctx.save_for_backward(w, step, kept, compressed, powers)
+        # Kernels find the compressed weight again.
+        held = compressed if ctx.kernels is None else None
+        ctx.save_for_backward(w, step, kept, held, powers)
         ctx.how = codes, groups, axes, grad_scale, gradient, decay
         if not sums:
             ctx.mark_non_differentiable(powers)
@@ -71,7 +75,7 @@ class _Compress(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, grad_powers = grads
-        w, step, kept, compressed, powers = ctx.saved_tensors
+        w, step, kept, compressed, powers = ctx.__dict__.pop('unpacked', None) or ctx.saved_tensors
         codes, groups, axes, grad_scale, gradient, decay = ctx.how
         s = None if step is None else positive(step).reshape(-1, 1)
         rows: Tensor | None
@@ -119,6 +123,19 @@ class _Compress(torch.autograd.Function):
             grad_step = grad_step.reshape(step.shape) * grad_scale
             grad_step = (grad_step * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
         return grad_w, grad_step, *[None] * 8
+
+    @staticmethod
+    def again(node: Any) -> Tensor:
+        """What the forward of a graph node compressed, computed once more; without a graph."""
+        if 'unpacked' not in node.__dict__:
+            # Activation checkpointing hands saved tensors out once.
+            node.unpacked = node.saved_tensors
+        w, step, kept, _, _ = node.unpacked
+        codes, groups, axes, *_ = node.how
+        with torch.no_grad():
+            s = positive(step).reshape(-1, 1)
+            rows, _ = node.kernels.forward_pass(as_rows(w, *axes), s, codes, kept, groups)
+            return from_rows(rows, tuple(w.shape), *axes)
 
 
 def compress_with_powers(
@@ -183,7 +200,7 @@ def compress_with_powers(
         groups = Groups(pattern.n, pattern.m, kernel)
     if codes is None or step is None:
         codes = step = None
-    compressed, powers = _Compress.apply(
+    compressed, powers = Compress.apply(
         w, step, mask, codes, groups, axes, grad_scale, gradient, decay, sums
     )
     if check_finite and not bool(torch.isfinite(powers[0].detach().sum())):
