@@ -122,7 +122,7 @@ def layer_arms(
     case = _Case(shape, device)
     arms = {f'slope_mm {pattern}': case.ours(pattern) for pattern in PATTERNS}
     if with_compiled:
-        arms['slope_mm 2:4 compiled'] = case.ours('2:4', kernels=True)
+        arms |= {f'slope_mm {p} compiled': case.ours(p, kernels=True) for p in PATTERNS}
     arms['plain autograd 2:4'] = case.plain_autograd()
     copied = torch.empty_like(case.weight.detach())
     arms['one copy of the weight'] = lambda: copied.copy_(case.weight.detach())

@@ -88,25 +88,24 @@ class _Rows(NamedTuple):
     """Rows that a kernel works on at once, and where the weights around them are.
 
     Attributes:
-        rows: ``[count, length]``.
-        neighbours: As in :mod:`~slope_mm.ops.kernel_code`.
+        latent: Inputs of a kernel: ``[count, length]``, and the other members of its groups, as in
+            :mod:`~slope_mm.ops.kernel_code`.
         where: Which rows of the weight they are.
     """
 
-    rows: Tensor
-    neighbours: list[Tensor]
+    latent: list[Tensor]
     where: slice
 
 
 def _inner(w: Tensor, groups: Groups, where: slice) -> _Rows:
     """The rows of ``w`` but for the first and the last, whose neighbours may lie outside of it."""
     rows, length = w.shape[0] - 2, w.shape[1]
-    flat, size = w.view(-1), rows * length
-    neighbours = []
-    for distance in range(groups.kernel, groups.m * groups.kernel, groups.kernel):
-        neighbours.append(flat[length - distance :][:size].view(rows, length))
-        neighbours.append(flat[length + distance :][:size].view(rows, length))
-    return _Rows(w[1:-1], neighbours, where)
+    flat, size, whole = w.view(-1), rows * length, groups.m * groups.kernel
+    latent = [w[1:-1]]
+    for distance in range(groups.kernel, whole, groups.kernel):
+        for start in (length + distance, length + distance - whole):
+            latent.append(flat[start : start + size].view(rows, length))
+    return _Rows(latent, where)
 
 
 def _pieces(w: Tensor, groups: Groups) -> list[_Rows]:
@@ -116,7 +115,7 @@ def _pieces(w: Tensor, groups: Groups) -> list[_Rows]:
     """
     count, length = w.shape
     if groups.m == 1:
-        return [_Rows(w, [], slice(0, count))]
+        return [_Rows([w], slice(0, count))]
     if w.numel() <= SMALL or count < 4:
         padded = w.new_empty(count + 2, length)
         padded[1:-1] = w
@@ -136,10 +135,10 @@ def forward_pass(
     member, scalars = _member(w.shape[1], groups), _scalars(codes, groups.n)
     step = step.expand(w.shape[0], 1)
     compressed, powers = torch.empty_like(w), w.new_empty(3, w.shape[0])
-    for rows, around, where in _pieces(w, groups):
+    for latent, where in _pieces(w, groups):
         targets = [compressed[where], *powers[:, where]]
         given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
-        kernel([rows, *around, member, step[where].contiguous(), scalars, *given])
+        kernel([*latent, member, step[where].contiguous(), scalars, *given])
         _fill(targets, given)
     return compressed, powers
 
@@ -170,11 +169,11 @@ def backward_pass(
     else:
         by_latent, by_level = (2 * grad_powers[0]).view(-1, 1), grad_powers[1].view(-1, 1)
     grad_w, grad_step = torch.empty_like(w), w.new_empty(count)
-    for rows, around, where in _pieces(w, groups):
+    for latent, where in _pieces(w, groups):
         targets = [grad_w[where], grad_step[where]]
         given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
         by_row = [x[where].contiguous() for x in (step, by_latent, by_level)]
-        kernel([grad[where].contiguous(), rows, *around, member, *by_row, scalars, *given])
+        kernel([grad[where].contiguous(), *latent, member, *by_row, scalars, *given])
         _fill(targets, given)
     return grad_w, grad_step.view(-1, 1)
 

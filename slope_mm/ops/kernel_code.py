@@ -1,9 +1,9 @@
 """The passes of weights and activations as one loop each, for a compiler to make kernels of.
 
 A kernel writes into tensors that it is given and returns nothing. Which members of a group are kept
-is found without laying the groups out: a member's rank is counted by comparing it with its
-neighbours along the row, ``kernel`` positions apart, so that every load is contiguous whatever the
-kernel size, and one compiled loop serves all layers of a group size.
+is found without laying the groups out: a member's rank is counted by comparing it with the others
+of its group, which lie a multiple of ``kernel`` positions away along the row, so that every load is
+contiguous whatever the kernel size, and one compiled loop serves all layers of a group size.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ LARGEST = 3e38
 SCALARS = ('low', 'high', 'offset', 'kept', 'pruned_share', 'decay')
 
 
-def _kept(w: Tensor, neighbours: Sequence[Tensor], member: Tensor, count: Tensor) -> Tensor:
+def _kept(w: Tensor, others: Sequence[Tensor], member: Tensor, count: Tensor) -> Tensor:
     """Which weights are among their group's ``count`` largest; lower indices win ties.
 
     Args:
         w: ``[rows, length]``.
-        neighbours: For each distance from 1 to M - 1 the weights that many members before, and
-            those as many after; what belongs to another group is not looked at.
+        others: For each distance from 1 to M - 1 the weights that many members on, and those of the
+            same cyclic distance before; what belongs to another group is not looked at.
         member: ``[length]``, each position's index in its group.
         count: How many are kept.
     """
-    size, magnitude = len(neighbours) // 2 + 1, w.abs()
-    rank = torch.zeros_like(w, dtype=torch.int32)
+    size, magnitude = len(others) // 2 + 1, w.abs()
+    rank = torch.zeros_like(w)
     for distance in range(1, size):
-        before, after = neighbours[2 * distance - 2].abs(), neighbours[2 * distance - 1].abs()
-        rank = rank + ((before >= magnitude) & (member >= distance)).to(torch.int32)
-        rank = rank + ((after > magnitude) & (member < size - distance)).to(torch.int32)
+        wraps = member >= size - distance
+        other = torch.where(wraps, others[2 * distance - 1], others[2 * distance - 2]).abs()
+        wins = (other > magnitude) | (wraps & (other == magnitude))
+        rank = rank + wins.to(torch.float32)
     return rank < count
 
 
@@ -50,7 +51,7 @@ class WeightForward(nn.Module):
     def forward(
         self,
         w: Tensor,
-        neighbours: list[Tensor],
+        others: list[Tensor],
         member: Tensor,
         step: Tensor,
         scalars: Tensor,
@@ -60,8 +61,8 @@ class WeightForward(nn.Module):
         level_power: Tensor,
     ) -> tuple[()]:
         level = _level(w / step, scalars) * step
-        if neighbours:
-            level = torch.where(_kept(w, neighbours, member, scalars[3]), level, 0.0)
+        if others:
+            level = torch.where(_kept(w, others, member, scalars[3]), level, 0.0)
         compressed.copy_(level)
         latent_power.copy_((w * w).sum(1))
         product.copy_((w * level).sum(1))
@@ -76,7 +77,7 @@ class WeightBackward(nn.Module):
         self,
         grad: Tensor,
         w: Tensor,
-        neighbours: list[Tensor],
+        others: list[Tensor],
         member: Tensor,
         step: Tensor,
         by_latent: Tensor,
@@ -90,8 +91,8 @@ class WeightBackward(nn.Module):
         low, high = scalars[0] + scalars[2], scalars[1] + scalars[2]
         passed = torch.where((scaled > low) & (scaled < high), grad, 0.0)
         by_step = grad * level - passed * scaled
-        if neighbours:
-            kept = _kept(w, neighbours, member, scalars[3])
+        if others:
+            kept = _kept(w, others, member, scalars[3])
             level = torch.where(kept, level, 0.0)
             by_step = torch.where(kept, by_step, 0.0)
             passed = torch.where(kept, passed, grad * scalars[4] + w * scalars[5])
@@ -147,25 +148,21 @@ class Example(NamedTuple):
     dynamic: tuple[Any, ...]
 
 
-def _neighbours(m: int, rows: int, length: int) -> list[Tensor]:
-    return [torch.randn(rows, length) for _ in range(2 * (m - 1))]
-
-
 def weight_forward(m: int) -> Example:
     """The forward pass for groups of ``m``; 1 for no groups."""
     rows, length = torch.export.Dim('rows', min=2), torch.export.Dim('length', min=2)
     both, row = {0: rows, 1: length}, {0: rows}
-    around = _neighbours(m, 6, 8 * m)
+    others = [torch.randn(6, 8 * m) for _ in range(2 * (m - 1))]
     inputs = (
         torch.randn(6, 8 * m),
-        around,
+        others,
         torch.zeros(8 * m),
         torch.ones(6, 1),
         torch.ones(len(SCALARS)),
         torch.randn(6, 8 * m),
         *(torch.zeros(6) for _ in range(3)),
     )
-    dynamic = (both, [both for _ in around], {0: length}, row, None, both, row, row, row)
+    dynamic = (both, [both for _ in others], {0: length}, row, None, both, row, row, row)
     return Example(WeightForward(), inputs, dynamic)
 
 
@@ -173,18 +170,19 @@ def weight_backward(m: int) -> Example:
     """The backward pass for groups of ``m``; 1 for no groups."""
     rows, length = torch.export.Dim('rows', min=2), torch.export.Dim('length', min=2)
     both, row = {0: rows, 1: length}, {0: rows}
-    around = _neighbours(m, 6, 8 * m)
+    others = [torch.randn(6, 8 * m) for _ in range(2 * (m - 1))]
     inputs = (
         torch.randn(6, 8 * m),
         torch.randn(6, 8 * m),
-        around,
+        others,
         torch.zeros(8 * m),
         *(torch.ones(6, 1) for _ in range(3)),
         torch.ones(len(SCALARS)),
         torch.randn(6, 8 * m),
         torch.zeros(6),
     )
-    dynamic = (both, both, [both for _ in around], {0: length}, row, row, row, None, both, row)
+    around = [both for _ in others]
+    dynamic = (both, both, around, {0: length}, row, row, row, None, both, row)
     return Example(WeightBackward(), inputs, dynamic)
 
 

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -128,11 +129,17 @@ def _build(files: list[Path]) -> None:
                 for process in started:
                     _, errors = process.communicate(timeout=_SECONDS)
                     if process.returncode:
-                        lines = errors.strip().splitlines() or ['no reason given']
-                        raise RuntimeError(lines[-1])
+                        raise RuntimeError(_reason(errors))
             finally:
                 for process in started:
                     process.kill()
+
+
+def _reason(errors: str) -> str:
+    """The line of a traceback that names the exception."""
+    lines = errors.strip().splitlines() or ['the compiler gave no reason']
+    named = [line for line in lines if re.match(r'[\w.]+(Error|Exception)\b', line)]
+    return (named or lines)[-1]
 
 
 def _start(file: Path) -> subprocess.Popen[str]:
