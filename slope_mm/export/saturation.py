@@ -3,9 +3,9 @@
 There ONNX Runtime multiplies unsigned codes with signed weights by ``vpmaddubsw``, which adds
 neighbouring products and saturates: ``2 * 255 * |w|`` stays below ``2 ** 15`` up to ``|w| = 64``.
 Weights of up to 7 bits never get further; layers of 8 bits (stems, prediction layers) do. Unsigned
-codes with unsigned weights are widened to 16 bits before they are multiplied: exact, and slower by
-a fifth to a third. So these layers alone get unsigned weights, when a graph is opened on
-such a machine; files are the same everywhere.
+codes with unsigned weights are widened to 16 bits before they are multiplied: exact, and somewhat
+slower. So these layers alone get unsigned weights, when a graph is opened on such a machine; files
+are the same everywhere.
 """
 
 from __future__ import annotations
