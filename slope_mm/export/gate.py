@@ -27,7 +27,7 @@ from slope_mm.export.graph import LayerCall
 from slope_mm.export.integer import count_products
 from slope_mm.export.layers import folded_norms
 from slope_mm.export.parts import flatten
-from slope_mm.export.runtime import open_session, outputs_of
+from slope_mm.export.runtime import for_this_machine, open_session, outputs_of
 from slope_mm.layers import CompressedLayer
 from slope_mm.ops import activation_codes, positive, to_codes
 
@@ -133,6 +133,8 @@ def check_part(
     errors, operators = {}, {}
     for kind, graph in (('portable', portable), ('cpu', cpu)):
         content = graph.SerializeToString()
+        if kind == 'cpu':
+            content = for_this_machine(content)
         session = open_session(content)
         errors[kind] = max(_output_error(session, module, x) for x in _variants(inputs))
         if kind == 'cpu':

@@ -23,7 +23,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from slope_mm.export.strips import strip_counts
+from slope_mm.export.strips import fixed_sizes, strip_counts
+from slope_mm.export.windows import NodeWriter, Window, tag, unfold
 
 # ONNX Runtime's own operators.
 RUNTIME_DOMAIN = 'com.microsoft'
@@ -39,8 +40,6 @@ FLOAT_OPERATORS = ('Conv', 'FusedConv', 'ConvTranspose', 'MatMul', 'Gemm', 'Fuse
 SHIFT = 128
 # From here on a pixel's channels are worth a copy.
 UNFOLD_CHANNELS = 16
-# Slice's "to the end".
-END = 2**31 - 1
 
 
 def to_integer(model: onnx.ModelProto, shape: Sequence[int]) -> onnx.ModelProto:
@@ -66,15 +65,14 @@ def count_products(nodes: Iterable[NodeProto]) -> dict[str, int]:
     return {kind: counts[kind] for kind in kinds if counts[kind]}
 
 
-class _Rearrangement:
+class _Rearrangement(NodeWriter):
     def __init__(self, model: onnx.ModelProto, strips: Mapping[str, int]) -> None:
+        super().__init__(model.graph.initializer)
         self.model = model
         self.strips = strips
+        self.sizes = fixed_sizes(model)
         self.graph = model.graph
-        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producers = {name: node for node in self.graph.node for name in node.output}
-        self.nodes: list[NodeProto] = []
-        self.written: set[str] = set()
         # Outputs of transposed convolutions: their blocks in NHWC, channels and side of a block.
         self.blocks: dict[str, tuple[str, int, int]] = {}
 
@@ -149,14 +147,17 @@ class _Rearrangement:
         bias = self._array(node.input[2]) if len(node.input) > 2 else None
         y = node.output[0]
         scales = self._array(weight.input[1])
-        strips = self._in_strips(pixels, attributes, self.strips.get(y, 1))
-        parts = [f'{y}.pixels'] if len(strips) == 1 else [f'{s}.of.{y}' for s in strips]
-        for strip, part in zip(strips, parts, strict=True):
-            rows = self._unfolded(strip, attributes)
+        strips, size = self.strips.get(y, 1), self.sizes.get(node.input[0])
+        if size is not None:
+            top, left, bottom, right = attributes['pads']
+            size = size[0] + top + bottom, size[1] + left + right
+        windows = unfold(self, pixels, integers.shape[1], Window.of(attributes), strips, size)
+        parts = [f'{y}.pixels'] if len(windows) == 1 else [f'{w}.of.{y}' for w in windows]
+        for rows, part in zip(windows, parts, strict=True):
             self._product(node, rows, zero, x, matrix, scales, bias, part)
         if len(parts) > 1:
-            self._node('Concat', parts, f'{y}.pixels', axis=1)
-        self._node('Transpose', [f'{y}.pixels'], y, perm=[0, 3, 1, 2])
+            self.node('Concat', parts, f'{y}.pixels', axis=1)
+        self.node('Transpose', [f'{y}.pixels'], y, perm=[0, 3, 1, 2])
 
     def _transposed(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
         """Windows that tile the output: every input pixel becomes a block of pixels."""
@@ -173,22 +174,22 @@ class _Rearrangement:
         self._product(node, pixels, zero, x, matrix, scales, bias, f'{y}.blocks')
         self.blocks[y] = f'{y}.blocks', channels, size
         # For consumers that do not quantize; others take the codes of the blocks.
-        self._node('Transpose', [self._spread(*self.blocks[y])], y, perm=[0, 3, 1, 2])
+        self.node('Transpose', [self._spread(*self.blocks[y])], y, perm=[0, 3, 1, 2])
 
     def _spread(self, blocks: str, channels: int, size: int) -> str:
         """``[n, h, w, i * j * c]`` to ``[n, h * i, w * j, c]``, of any type."""
         out = f'{blocks}.spread'
-        split = self._numbers([0, 0, 0, size, size, channels])
-        self._once('Reshape', [blocks, split], f'{blocks}.split')
-        self._once('Transpose', [f'{blocks}.split'], f'{blocks}.turned', perm=[0, 1, 3, 2, 4, 5])
-        self._once('Shape', [blocks], f'{blocks}.shape')
-        first, last = self._numbers([0]), self._numbers([3])
-        self._once('Slice', [f'{blocks}.shape', first, last], f'{blocks}.places')
-        growth = self._numbers([1, size, size])
-        self._once('Mul', [f'{blocks}.places', growth], f'{blocks}.grown')
-        whole = [f'{blocks}.grown', self._numbers([channels])]
-        self._once('Concat', whole, f'{blocks}.target', axis=0)
-        self._once('Reshape', [f'{blocks}.turned', f'{blocks}.target'], out)
+        split = self.numbers([0, 0, 0, size, size, channels])
+        self.once('Reshape', [blocks, split], f'{blocks}.split')
+        self.once('Transpose', [f'{blocks}.split'], f'{blocks}.turned', perm=[0, 1, 3, 2, 4, 5])
+        self.once('Shape', [blocks], f'{blocks}.shape')
+        first, last = self.numbers([0]), self.numbers([3])
+        self.once('Slice', [f'{blocks}.shape', first, last], f'{blocks}.places')
+        growth = self.numbers([1, size, size])
+        self.once('Mul', [f'{blocks}.places', growth], f'{blocks}.grown')
+        whole = [f'{blocks}.grown', self.numbers([channels])]
+        self.once('Concat', whole, f'{blocks}.target', axis=0)
+        self.once('Reshape', [f'{blocks}.turned', f'{blocks}.target'], out)
         return out
 
     def _product(
@@ -205,35 +206,35 @@ class _Rearrangement:
         name = node.input[1]
         inputs = [
             codes,
-            self._constant(f'{name}.matrix', matrix),
+            self.constant(f'{name}.matrix', matrix),
             x.input[1],
-            self._constant(f'{name}.scales', scales),
+            self.constant(f'{name}.scales', scales),
             zero,
-            self._constant(f'{name}.zeros', np.zeros(matrix.shape[1], np.int8)),
+            self.constant(f'{name}.zeros', np.zeros(matrix.shape[1], np.int8)),
         ]
         if bias is not None:
-            inputs.append(self._constant(f'{name}.bias', bias))
-        self._node('MatMulIntegerToFloat', inputs, out, domain=RUNTIME_DOMAIN)
+            inputs.append(self.constant(f'{name}.bias', bias))
+        self.node('MatMulIntegerToFloat', inputs, out, domain=RUNTIME_DOMAIN)
 
     def _direct(self, node: NodeProto, x: NodeProto, weight: NodeProto) -> None:
         codes, zero = self._input_codes(x, np.int8)
         name, y = node.input[1], node.output[0]
-        stored = self._constant(f'{name}.stored', self._integers(weight))
-        shift = self._constant('weight.shift', np.int32(SHIFT))
+        stored = self.constant(f'{name}.stored', self._integers(weight))
+        shift = self.constant('weight.shift', np.int32(SHIFT))
         # Of constants alone: done once, when the graph is loaded.
-        self._once('Cast', [stored], f'{name}.wide', to=TensorProto.INT32)
-        self._once('Add', [f'{name}.wide', shift], f'{name}.shifted')
-        self._once('Cast', [f'{name}.shifted'], f'{name}.unsigned', to=TensorProto.UINT8)
-        inputs = [codes, f'{name}.unsigned', zero, self._constant('weight.zero', np.uint8(SHIFT))]
-        self._node('ConvInteger', inputs, f'{y}.sums', **_attributes(node))
+        self.once('Cast', [stored], f'{name}.wide', to=TensorProto.INT32)
+        self.once('Add', [f'{name}.wide', shift], f'{name}.shifted')
+        self.once('Cast', [f'{name}.shifted'], f'{name}.unsigned', to=TensorProto.UINT8)
+        inputs = [codes, f'{name}.unsigned', zero, self.constant('weight.zero', np.uint8(SHIFT))]
+        self.node('ConvInteger', inputs, f'{y}.sums', **_attributes(node))
         scale = float(self._array(x.input[1]))
         both = (self._array(weight.input[1]).astype(np.float64) * scale).astype(np.float32)
         out = y if len(node.input) < 3 else f'{y}.scaled'
-        unit = self._constant(f'{name}.unit', both)
-        self._node('DequantizeLinear', [f'{y}.sums', unit], out, axis=1)
+        unit = self.constant(f'{name}.unit', both)
+        self.node('DequantizeLinear', [f'{y}.sums', unit], out, axis=1)
         if len(node.input) > 2:
             planes = self._array(node.input[2]).reshape(-1, 1, 1)
-            self._node('Add', [out, self._constant(f'{name}.planes', planes)], y)
+            self.node('Add', [out, self.constant(f'{name}.planes', planes)], y)
 
     # --- the input's codes ------------------------------------------------------------------------
 
@@ -252,15 +253,15 @@ class _Rearrangement:
         zero = 0
         if not limits.min <= low <= high <= limits.max:
             zero = SHIFT if limits.min == 0 else -SHIFT
-        zero_name = self._constant(f'zero.{kind}.{zero}', dtype(zero))
+        zero_name = self.constant(f'zero.{kind}.{zero}', dtype(zero))
         codes = f'{x.input[0]}.{kind}' if blocks is None else f'{x.input[0]}.{kind}.blocks'
-        self._once('QuantizeLinear', [blocks or source, x.input[1], zero_name], codes)
+        self.once('QuantizeLinear', [blocks or source, x.input[1], zero_name], codes)
         if (low + zero, high + zero) != (limits.min, limits.max):
             bounds = [
-                self._constant(f'bound.{kind}.{bound}', dtype(bound))
+                self.constant(f'bound.{kind}.{bound}', dtype(bound))
                 for bound in (low + zero, high + zero)
             ]
-            self._once('Clip', [codes, *bounds], f'{codes}.clipped')
+            self.once('Clip', [codes, *bounds], f'{codes}.clipped')
             codes = f'{codes}.clipped'
         return codes, zero_name
 
@@ -288,101 +289,17 @@ class _Rearrangement:
             codes, zero = self._input_codes(x, np.uint8, blocks)
             return self._spread(codes, channels, size), zero
         codes, zero = self._input_codes(x, np.uint8)
-        self._once('Transpose', [codes], f'{codes}.pixels', perm=[0, 2, 3, 1])
+        self.once('Transpose', [codes], f'{codes}.pixels', perm=[0, 2, 3, 1])
         return f'{codes}.pixels', zero
 
     def _padded(self, pixels: str, zero: str, attributes: dict[str, Any]) -> str:
         pads = list(attributes['pads'])
         if not any(pads):
             return pixels
-        padded = f'{pixels}.padded.{_tag(pads)}'
+        padded = f'{pixels}.padded.{tag(pads)}'
         amounts = [0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0]
-        self._once('Pad', [pixels, self._numbers(amounts), zero], padded)
+        self.once('Pad', [pixels, self.numbers(amounts), zero], padded)
         return padded
-
-    def _in_strips(self, pixels: str, attributes: dict[str, Any], count: int) -> list[str]:
-        """The pixels that each of ``count`` about equal shares of the output's rows needs."""
-        if count == 1:
-            return [pixels]
-        stride = attributes['strides'][0]
-        reach = (attributes['kernel_shape'][0] - 1) * attributes['dilations'][0] + 1
-        name = f'{pixels}.strips.{_tag([count, reach, stride])}'
-        steps: list[tuple[str, str, list[int]]] = [
-            # The output's rows, and where each share of them begins.
-            ('Sub', 'room', [reach]),
-            ('Div', 'last', [stride]),
-            ('Add', 'rows', [1]),
-            ('Mul', 'shares', list(range(count + 1))),
-            ('Div', 'borders', [count]),
-            # The rows of pixels at these borders.
-            ('Mul', 'first', [stride]),
-            ('Add', 'behind', [reach - stride]),
-        ]
-        self._once('Shape', [pixels], f'{name}.height', start=1, end=2)
-        before = f'{name}.height'
-        for operator, what, numbers in steps:
-            self._once(operator, [before, self._numbers(numbers)], f'{name}.{what}')
-            before = f'{name}.{what}'
-        strips = []
-        for i in range(count):
-            ends = []
-            for what, at in (('first', i), ('behind', i + 1)):
-                place = [f'{name}.{what}', self._numbers([at]), self._numbers([at + 1])]
-                ends.append(f'{name}.{what}.{at}')
-                self._once('Slice', place, ends[-1])
-            strips.append(f'{name}.{i}')
-            self._once('Slice', [pixels, *ends, self._numbers([1])], strips[-1])
-        return strips
-
-    def _unfolded(self, pixels: str, attributes: dict[str, Any]) -> str:
-        """Side by side, for every window, its pixels: ``[n, h, w, i * j * c]``."""
-        kernel, strides = list(attributes['kernel_shape']), list(attributes['strides'])
-        dilations = list(attributes['dilations'])
-        if kernel == strides == [1, 1]:
-            return pixels
-        windows = f'{pixels}.windows.{_tag([*kernel, *strides, *dilations])}'
-        pieces = []
-        for i, j in np.ndindex(*kernel):
-            start = [i * dilations[0], j * dilations[1]]
-            # Up to the last window's pixel, counted from the end.
-            stop = [
-                -(size - 1 - at) * dilation or END
-                for size, at, dilation in zip(kernel, (i, j), dilations, strict=True)
-            ]
-            piece = f'{windows}.{i}.{j}'
-            places = [self._numbers(value) for value in (start, stop, [1, 2], strides)]
-            self._once('Slice', [pixels, *places], piece)
-            pieces.append(piece)
-        if len(pieces) == 1:
-            return pieces[0]
-        self._once('Concat', pieces, windows, axis=3)
-        return windows
-
-    # --- writing ----------------------------------------------------------------------------------
-
-    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
-        self.nodes.append(helper.make_node(operator, inputs, [output], output, **attributes))
-
-    def _once(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
-        """A node that several layers may share."""
-        if output not in self.written:
-            self.written.add(output)
-            self._node(operator, inputs, output, **attributes)
-
-    def _numbers(self, values: list[int]) -> str:
-        return self._constant(f'numbers.{_tag(values)}', np.array(values, np.int64))
-
-    def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        if name not in self.constants:
-            array = np.asarray(value)
-            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-            content = np.ascontiguousarray(array).tobytes()
-            self.constants[name] = helper.make_tensor(name, kind, array.shape, content, raw=True)
-        return name
-
-
-def _tag(values: Iterable[int]) -> str:
-    return '_'.join(map(str, values))
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

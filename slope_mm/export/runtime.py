@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
@@ -18,6 +19,7 @@ from slope_mm.errors import ExportError
 from slope_mm.export.folder import ExportIndex, PartFiles
 from slope_mm.export.graph import IR_VERSIONS
 from slope_mm.export.parts import DENSE, dense_head, has_rois, roi_heads, unflatten
+from slope_mm.export.saturation import without_saturation
 from slope_mm.export.skeleton import TRACED_OPSET
 
 
@@ -54,6 +56,13 @@ def open_session(
         return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # its classes have no common base but this one
         raise ExportError(f'ONNX Runtime refuses the graph: {error}') from None
+
+
+def for_this_machine(cpu: bytes) -> bytes:
+    """A graph of :func:`~slope_mm.export.integer.to_integer` such that it is exact here."""
+    if integer_products_are_exact():
+        return cpu
+    return without_saturation(onnx.load_from_string(cpu)).SerializeToString()
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,20 +106,39 @@ class OnnxPart:
 
     @classmethod
     def load(cls, folder: Path, files: PartFiles, threads: int | None = None) -> OnnxPart:
-        """Opens the graph for the CPU provider, or the portable one where that would saturate."""
-        if not integer_products_are_exact():
-            return cls(open_session(folder / files.portable, threads), files.structure)
+        """Opens the graph for the CPU provider."""
+        content = for_this_machine((folder / files.cpu).read_bytes())
         at_once = files.at_once and files.at_once * (threads or torch.get_num_threads())
-        return cls(open_session(folder / files.cpu, threads), files.structure, at_once)
+        return cls(open_session(content, threads), files.structure, at_once)
 
     def __call__(self, x: Tensor) -> Any:
         if x.device.type != 'cpu':
             raise ExportError('exported detectors run on the CPU; use device=cpu')
-        size = self.at_once or max(1, len(x))
-        pieces = [outputs_of(self.session, piece) for piece in x.split(size)]
-        found = pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))
-        tensors: Iterator[Tensor] = (torch.from_numpy(array) for array in found)
-        return unflatten(self.structure, tensors)
+        found = _in_pieces(self.session, x.contiguous(), self.at_once or max(1, len(x)))
+        return unflatten(self.structure, iter(found))
+
+
+def _in_pieces(session: onnxruntime.InferenceSession, x: Tensor, size: int) -> list[Tensor]:
+    """All outputs for ``size`` inputs at a time; the runtime writes each piece where it belongs."""
+    first, *rest = x.split(size)
+    found = [torch.from_numpy(array) for array in outputs_of(session, first)]
+    if not rest:
+        return found
+    whole = [piece.new_empty(len(x), *piece.shape[1:]) for piece in found]
+    for output, piece in zip(whole, found, strict=True):
+        output[:size] = piece
+    names = [output.name for output in session.get_outputs()]
+    binding = session.io_binding()
+    for number, piece in enumerate(rest, 1):
+        _bind(binding.bind_input, session.get_inputs()[0].name, piece)
+        for name, output in zip(names, whole, strict=True):
+            _bind(binding.bind_output, name, output[number * size :][: len(piece)])
+        session.run_with_iobinding(binding)
+    return whole
+
+
+def _bind(bind: Callable[..., None], name: str, tensor: Tensor) -> None:
+    bind(name, 'cpu', 0, tensor.numpy().dtype, list(tensor.shape), tensor.data_ptr())
 
 
 class _Dense:

@@ -35,8 +35,7 @@ def strip_counts(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, int]
     sized.CopyFrom(model)
     for size, given in zip(sized.graph.input[0].type.tensor_type.shape.dim, shape, strict=True):
         size.dim_value = given
-    known = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph.value_info
-    maps = {x.name: [size.dim_value for size in x.type.tensor_type.shape.dim] for x in known}
+    maps = _inferred(sized)
     counts = {}
     for node in model.graph.node:
         image = maps.get(node.input[0], []) if node.op_type == 'Conv' else []
@@ -46,6 +45,21 @@ def strip_counts(model: onnx.ModelProto, shape: Sequence[int]) -> dict[str, int]
             if count > 1:
                 counts[node.output[0]] = count
     return counts
+
+
+def fixed_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """Height and width of the maps (by name) whose size does not depend on the input's."""
+    return {
+        name: (shape[2], shape[3])
+        for name, shape in _inferred(model).items()
+        if len(shape) == 4 and shape[2] and shape[3]
+    }
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Shapes of what nodes give, by name; 0 stands for an unknown size."""
+    known = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    return {x.name: [size.dim_value for size in x.type.tensor_type.shape.dim] for x in known}
 
 
 def _strips(node: NodeProto, image: list[int]) -> int:

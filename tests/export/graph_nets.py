@@ -13,7 +13,7 @@ import slope_mm
 from slope_mm.export.graph import LayerCall, lower, with_int4
 from slope_mm.export.integer import to_integer
 from slope_mm.export.layers import describe_layers
-from slope_mm.export.runtime import open_session, outputs_of
+from slope_mm.export.runtime import for_this_machine, open_session, outputs_of
 from slope_mm.export.skeleton import marked, trace
 
 
@@ -88,14 +88,18 @@ def image(batch: int = 1, height: int = 40, width: int = 48, seed: int = 1) -> T
 
 
 def graphs(
-    model: nn.Module, int4: bool = False
+    model: nn.Module, int4: bool = False, x: Tensor | None = None
 ) -> tuple[onnx.ModelProto, onnx.ModelProto, list[LayerCall]]:
-    """The portable graph, the one for the CPU provider, and the calls of layers."""
-    axes = {0: 'batch', 2: 'height', 3: 'width'}
+    """The portable graph, the one for the CPU provider, and the calls of layers.
+
+    Height and width are those of ``x``, or any where none is given.
+    """
+    axes = {0: 'batch', 2: 'height', 3: 'width'} if x is None else {0: 'batch'}
+    x = image() if x is None else x
     with marked(model) as copied:
-        skeleton = trace(copied, image(), 'images', ['up', 'scores'], axes)
+        skeleton = trace(copied, x, 'images', ['up', 'scores'], axes)
     portable, calls = lower(skeleton, describe_layers(model))
-    cpu = to_integer(portable, image().shape)
+    cpu = to_integer(portable, x.shape)
     if int4:
         portable = with_int4(portable)
     for graph in (portable, cpu):
@@ -104,7 +108,8 @@ def graphs(
 
 
 def run(graph: onnx.ModelProto, x: Tensor, optimize: bool = True) -> list[np.ndarray]:
-    return outputs_of(open_session(graph.SerializeToString(), 1, optimize), x)
+    content = for_this_machine(graph.SerializeToString())
+    return outputs_of(open_session(content, 1, optimize), x)
 
 
 def constants(graph: onnx.ModelProto) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ from slope_mm.export.folder import INDEX, read_index
 from slope_mm.export.gate import judge_metrics
 from slope_mm.export.images import image_batches
 from slope_mm.export.parts import detector_parts
+from slope_mm.export.runtime import OnnxPart
 from slope_mm.export.writer import export_onnx
 
 
@@ -86,6 +87,23 @@ def test_detectors_predict_what_pytorch_predicts(
     for part in parts:
         floats = set(facts[part]['operators']) - {'MatMulIntegerToFloat', 'ConvInteger'}
         assert not floats, f'{part} computes {floats} in floats'
+
+
+def test_rois_in_pieces_give_what_all_of_them_give(
+    mask_rcnn: nn.Module, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    index = export_onnx(mask_rcnn, tmp_path / 'out', batches)
+    files = index.part('roi_head.mask_head')
+    part = OnnxPart.load(tmp_path / 'out', files, threads=1)
+    assert part.at_once == 4
+    (features, *_) = writer.capture_inputs(mask_rcnn, batches[0])['roi_head.mask_head']
+    # Not contiguous, as a view of a larger batch may be.
+    x = torch.cat([features] * 11)[:11].transpose(2, 3).contiguous().transpose(2, 3)
+    for rois in (1, 4, 5, 11):
+        part.at_once = 4
+        found = part(x[:rois])
+        part.at_once = None
+        assert len(found) == rois and torch.equal(found, part(x[:rois]))
 
 
 def test_other_configs_and_detectors_are_refused(

@@ -15,6 +15,8 @@ import tiny
 import torch
 from mmengine.config import Config
 
+from slope_mm.engine import launch
+
 DEMO = tiny.ROOT / 'work_dirs' / 'demo' / 'slope'
 DEMO_CONFIG = tiny.ROOT / 'configs' / 'mask_rcnn_r18_shapes_slope_w4a4.py'
 
@@ -123,24 +125,43 @@ def test_check_prints_a_line_a_layer(slope_run: tiny.Run) -> None:
     assert 'transposed convolution' in lines['roi_head.mask_head.upsample']
 
 
+def weight_only(config: Config, checkpoint: Path, out: Path) -> Config:
+    """Writes a checkpoint of the same weights without input quantizers; returns its config."""
+    config = Config(config.to_dict())
+    config.model.recipe.activation = None
+    trained = torch.load(checkpoint, weights_only=False)['state_dict']
+    weights = {key: value for key, value in trained.items() if '.slope_' not in key}
+    torch.save({'state_dict': weights, 'meta': {}}, out)
+    model = launch.build_model(config)
+    launch.load_weights(model, str(out))
+    torch.save({'state_dict': model.state_dict(), 'meta': {}}, out)
+    return config
+
+
 @pytest.mark.skipif(
     not any(DEMO.glob('epoch_*.pth')), reason='needs the model that `make demo` trains'
 )
 def test_all_files_of_the_demos_model_score_the_same(tmp_path: Path) -> None:
-    """Training checkpoint, packed file and ONNX; `tests/tools/test_export.py` adds the plain one,
-    which a model with quantized inputs does not have."""
-    checkpoint = max(DEMO.glob('epoch_*.pth'), key=lambda path: int(path.stem.split('_')[1]))
-    packed, out = tmp_path / 'model.slope', tmp_path / 'onnx'
-    assert call('export', 'packed', DEMO_CONFIG, checkpoint, packed)[0] == 0
-    code, _, errors = call('export', 'onnx', DEMO_CONFIG, checkpoint, out)
-    assert code == 0, errors
-    config = Config.fromfile(DEMO_CONFIG)
-    scores = [
-        evaluate(config, checkpoint, tmp_path / 'a')[0],
-        evaluate(config, packed, tmp_path / 'b')[0],
-        evaluate(config, out, tmp_path / 'c', '--backend', 'onnxruntime')[0],
+    """As trained: checkpoint, packed file, ONNX. Without input quantizers, which a plain
+    checkpoint does not have: the plain one as well."""
+    trained = max(DEMO.glob('epoch_*.pth'), key=lambda path: int(path.stem.split('_')[1]))
+    config, bare = Config.fromfile(DEMO_CONFIG), tmp_path / 'weight_only.pth'
+    cases = [
+        (config, trained, ('packed', 'onnx')),
+        (weight_only(config, trained, bare), bare, ('packed', 'stock', 'onnx')),
     ]
-    assert scores[0]['coco/bbox_mAP'] > 0.3
-    assert scores[1] == scores[0]
-    for key in ('coco/bbox_mAP', 'coco/segm_mAP'):
-        assert scores[2][key] == pytest.approx(scores[0][key], abs=1.0001e-3)
+    for number, (config, checkpoint, kinds) in enumerate(cases):
+        folder = tmp_path / str(number)
+        file = tiny.dump(config, folder / 'config.py')
+        before, _ = evaluate(config, checkpoint, folder / 'checkpoint')
+        assert before['coco/bbox_mAP'] > 0.3
+        for kind in kinds:
+            out = folder / f'model.{kind}'
+            code, _, errors = call('export', kind, file, checkpoint, out)
+            assert code == 0, errors
+            options = ('--backend', 'onnxruntime') if kind == 'onnx' else ()
+            after, _ = evaluate(config, out, folder / kind, *options)
+            if kind != 'onnx':
+                assert after == before, kind
+            for key in ('coco/bbox_mAP', 'coco/segm_mAP'):
+                assert after[key] == pytest.approx(before[key], abs=1.0001e-3), kind
