@@ -15,8 +15,9 @@ from slope_mm.benchmark.detectors import classes_of
 
 IMAGES = 2
 BOXES = 4
-# Image sides that are tried, in pixels: some heads want more levels or cells than the first gives.
-SIDES = (64, 128, 320)
+# Image sides that are tried, in pixels: some heads want more levels or cells than the first gives,
+# MLP-Mixer exactly 224.
+SIDES = (64, 128, 224, 320)
 # Stride of the semantic map that a part wants.
 SEMANTIC: dict[str, int] = {
     'FusedSemanticHead': 8,

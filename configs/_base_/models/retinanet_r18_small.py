@@ -26,6 +26,7 @@ model = dict(
         type='FPN',
         in_channels=[16, 32, 64, 128],
         out_channels=64,
+        start_level=1,
         norm_cfg=norm_cfg,
         add_extra_convs='on_input',
         num_outs=5,
@@ -41,7 +42,7 @@ model = dict(
             octave_base_scale=4,
             scales_per_octave=3,
             ratios=[1.0],
-            strides=[4, 8, 16, 32, 64],
+            strides=[8, 16, 32, 64, 128],
         ),
         bbox_coder=dict(
             type='DeltaXYWHBBoxCoder',
