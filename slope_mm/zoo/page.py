@@ -117,7 +117,8 @@ def summary(rows: Iterable[Result]) -> list[str]:
         ' and convolutions compressed'
         + (f', {len(named)} of them not counting {NAMED[0]}.' if named else '.'),
         f'- {sum(row["packed"] == "equal" for row in packed)} of {len(packed)} packed files (one'
-        ' for each detector class) gave the compressed weights back bit for bit.',
+        " for each of mmdet's classes, and of each other model) gave the compressed weights back"
+        ' bit for bit.',
     ]
     if counts:
         told = ', '.join(f'{n} x {name}' for name, n in sorted(counts.items(), key=lambda i: -i[1]))
