@@ -1,10 +1,14 @@
-"""Fixtures of the tests that run mmengine: data, and runs that several tests look at."""
+"""Fixtures of the tests that run mmengine: data, runs that several tests look at, packages."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import pytest
 import tiny
@@ -70,3 +74,48 @@ def weight_run(
     return tiny.train(
         tiny_config(work_dir, name, validate=False, load_from=str(dense_run.checkpoint))
     )
+
+
+# Operators of torchvision's that its import looks for, and that a build for CUDA lacks beside a
+# torch for CPUs.
+SCHEMAS = {
+    'nms': '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+    'qnms': '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+}
+_library: torch.library.Library | None = None
+
+
+def _import_torchvision() -> None:
+    """Imports torchvision.
+
+    Where it is a build for CUDA and torch one for CPUs, the import fails for two missing operators.
+    Their schemas are enough: no model calls them.
+    """
+    global _library
+    try:
+        importlib.import_module('torchvision')
+    except RuntimeError as error:
+        if 'torchvision::nms' not in str(error):
+            raise
+        for name in [n for n in sys.modules if n.split('.')[0] == 'torchvision']:
+            del sys.modules[name]
+        _library = torch.library.Library('torchvision', 'DEF')
+        for name, schema in SCHEMAS.items():
+            _library.define(name + schema)
+
+
+@pytest.fixture(scope='session')
+def mmpretrain() -> ModuleType:
+    """mmpretrain; tests that need it are skipped where it is not installed."""
+    if importlib.util.find_spec('mmpretrain') is None:
+        pytest.skip("mmpretrain is not installed (the extra 'classification' brings it)")
+    _import_torchvision()
+    return importlib.import_module('mmpretrain')
+
+
+@pytest.fixture(scope='session')
+def mmseg() -> ModuleType:
+    """mmseg; tests that need it are skipped where it is not installed."""
+    if importlib.util.find_spec('mmseg') is None:
+        pytest.skip('mmseg is not installed (the package mmsegmentation)')
+    return importlib.import_module('mmseg')

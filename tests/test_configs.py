@@ -239,5 +239,7 @@ def test_every_config_file_is_an_arm_a_start_or_a_base() -> None:
     names = {path.stem for path in CONFIGS.glob('*.py')}
     arms = {f'mask_rcnn_{task}_{arm}' for task in TASKS for arm in (*ARMS, 'fp32')}
     detectors = {f'{name}_{arm}' for name in DETECTORS for arm in (*DETECTOR_ARMS, 'fp32')}
-    starts = {'mask_rcnn_r18_shapes_scratch', 'mask_rcnn_r18_nuclei_scratch'}
-    assert names == arms | detectors | starts
+    starts = {f'{name}_scratch' for name in ('mask_rcnn_r18_shapes', 'mask_rcnn_r18_nuclei')}
+    # What tools/level_steps.py measures.
+    levels = {'retinanet_r18_shapes_scratch', 'retinanet_r18_shapes_slope_w4a4'}
+    assert names == arms | detectors | starts | levels

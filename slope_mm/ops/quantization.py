@@ -173,10 +173,12 @@ def _search_rows(rows: Tensor, kept: Tensor | None, codes: Codes, start: Tensor)
     """Per row, the step of least squared error: ``start``, or a share of the maximum as clip range.
 
     The error has several local minima (at 8 bits the LSQ start lies 13 dB below the best one), so
-    a search comes before the descent. 1,024 values a row are enough to rank the candidates.
+    a search comes before the descent. 1,024 values a row are enough to rank the candidates for
+    weights. A single row, such as the sampled inputs of a layer, may hold a few values that matter
+    more than all others: 16,384 of it are looked at.
     """
     largest = rows.abs().amax(1, keepdim=True)
-    stride = max(1, rows.shape[1] // 1024)
+    stride = max(1, rows.shape[1] // max(1024, 16384 // rows.shape[0]))
     while math.gcd(stride, rows.shape[1]) > 1:
         # Else the sample could hold a single position of the kernel, or of the N:M groups.
         stride -= 1

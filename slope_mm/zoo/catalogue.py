@@ -1,4 +1,4 @@
-"""Which configs of the installed mmdet stand for its zoo.
+"""Which configs of the installed mmdet stand for its zoo, and a few of mmpretrain's and mmseg's.
 
 One config per model folder, detector class and backbone class. Of several the one nearest to the
 usual size stands for all: ResNet-50 where there is one, else the smallest; then the shortest name.
@@ -8,6 +8,7 @@ weights, preprocessing and test settings, is listed and not run again.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,26 @@ EXTRA = (
     'tood/tood_r50_fpn_anchor-based_1x_coco.py',
     'vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py',
 )
+# Models of mmdet's relatives, a network each.
+RELATIVES = (
+    'mmpretrain::convnext/convnext-tiny_32xb128_in1k.py',
+    'mmpretrain::deit/deit-small_4xb256_in1k.py',
+    'mmpretrain::efficientnet/efficientnet-b0_8xb32_in1k.py',
+    'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py',
+    'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
+    'mmpretrain::poolformer/poolformer-s12_32xb128_in1k.py',
+    'mmpretrain::resnet/resnet18_8xb32_in1k.py',
+    'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+    'mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py',
+    'mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py',
+    'mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py',
+    'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
+    'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+)
 # What makes no other model: weights, data, and what is done before and after it.
 IGNORED = ('init_cfg', 'data_preprocessor', 'test_cfg', 'num_classes', '_scope_')
 
@@ -45,8 +66,8 @@ class Entry:
     """One config of the zoo.
 
     Attributes:
-        config: Its path below mmdet's configs.
-        folder: Model folder.
+        config: Its path below mmdet's configs; ``PACKAGE::`` before it where it is another's.
+        folder: Model folder, with the same prefix.
         detector: Class name of the model.
         backbone: Class name of its backbone.
         problem: Why it cannot be read, or ``''``.
@@ -61,9 +82,15 @@ class Entry:
     same_as: str = ''
 
 
-def config_root() -> Path:
-    """Where the installed mmdet keeps its configs."""
-    return Path(get_installed_path('mmdet')) / '.mim' / 'configs'
+def config_root(package: str = 'mmdet') -> Path:
+    """Where an installed package keeps its configs."""
+    return Path(get_installed_path(package)) / '.mim' / 'configs'
+
+
+def config_path(name: str) -> Path:
+    """The file of an entry's ``config``."""
+    package, _, path = name.rpartition('::')
+    return config_root(package or 'mmdet') / path
 
 
 def read(path: Path) -> Config:
@@ -115,6 +142,23 @@ def catalogue(root: Path | None = None) -> list[Entry]:
         )
     chosen = [min(group, key=lambda item: item[0]) for group in groups.values()]
     return list(_without_repetitions(sorted(chosen, key=lambda item: item[1].config)))
+
+
+def relatives() -> list[Entry]:
+    """The entries of :data:`RELATIVES` whose package is installed."""
+    entries = []
+    for name in RELATIVES:
+        package, folder = name.partition('::')[0], name.split('/', 1)[0]
+        if importlib.util.find_spec(package) is None:
+            continue
+        try:
+            model = read(config_path(name)).model
+        except Exception as error:  # whatever a config raises is what is listed
+            entries.append(Entry(name, folder, problem=one_line(error)))
+            continue
+        backbone = str(_backbone(model).get('type', '–'))
+        entries.append(Entry(name, folder, str(model['type']), backbone))
+    return entries
 
 
 def _backbone(model: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Dummy batches: what a detector's training and prediction want to be given, and small."""
+"""Dummy batches: what a model's training and prediction want to be given, and small."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from slope_mm.benchmark.detectors import classes_of
 
 IMAGES = 2
 BOXES = 4
-# Image sides that are tried, in pixels: some heads want more levels or cells than the first gives.
-SIDES = (64, 128, 320)
+# Image sides that are tried, in pixels: some heads want more levels or cells than the first gives,
+# MLP-Mixer exactly 224.
+SIDES = (64, 128, 224, 320)
 # Stride of the semantic map that a part wants.
 SEMANTIC: dict[str, int] = {
     'FusedSemanticHead': 8,
@@ -46,8 +47,11 @@ def training_batch(config: Config, side: int) -> dict[str, Any]:
 
     Returns:
         ``inputs`` and ``data_samples``: images of noise with boxes, masks, semantic maps and
-        proposals; clips for models of videos; branches for semi-supervised ones.
+        proposals; clips for models of videos; branches for semi-supervised ones; images with labels
+        or semantic maps alone for mmpretrain's and mmseg's.
     """
+    if config.get('default_scope') in OTHER_SAMPLES:
+        return _other_images(config, side)
     used = types_of(config.model)
     if used & set(VIDEO):
         return _clips(config, side)
@@ -63,8 +67,12 @@ def training_batch(config: Config, side: int) -> dict[str, Any]:
 
 def prediction_batch(config: Config, side: int) -> dict[str, Any]:
     """A batch of one image or clip, as the test dataloader would collate it."""
-    used = types_of(config.model)
-    batch = _clips(config, side) if used & set(VIDEO) else _images(config, side)
+    if config.get('default_scope') in OTHER_SAMPLES:
+        batch = _other_images(config, side)
+    elif types_of(config.model) & set(VIDEO):
+        batch = _clips(config, side)
+    else:
+        batch = _images(config, side)
     return {key: value[:1] for key, value in batch.items()}
 
 
@@ -100,6 +108,39 @@ def _images(config: Config, side: int) -> dict[str, Any]:
         if 'FastRCNN' in used:
             sample.proposals = demo_mm_proposals([(3, side, side)], 20)[0]
     return batch
+
+
+def _label_sample(label: int, side: int) -> Any:
+    from mmpretrain.structures import DataSample
+
+    return DataSample().set_gt_label(label)
+
+
+def _map_sample(label: int, side: int) -> Any:
+    from mmseg.structures import SegDataSample
+
+    shape = (side, side)
+    sample = SegDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape))
+    # Two classes, half of the image each.
+    values = torch.full((1, *shape), label)
+    values[..., : side // 2] = 1 - label
+    sample.gt_sem_seg = PixelData(data=values)
+    return sample
+
+
+# By default scope: the target of one image, given one of two classes. Their packages are imported
+# where a config needs them.
+OTHER_SAMPLES = {'mmpretrain': _label_sample, 'mmseg': _map_sample}
+
+
+def _other_images(config: Config, side: int) -> dict[str, Any]:
+    draw = np.random.RandomState(0)
+    images = draw.randint(0, 256, (IMAGES, 3, side, side), dtype=np.uint8)
+    sample = OTHER_SAMPLES[config.default_scope]
+    return {
+        'inputs': list(torch.from_numpy(images)),
+        'data_samples': [sample(number % 2, side) for number in range(IMAGES)],
+    }
 
 
 def _with_area(boxes: torch.Tensor, side: int) -> torch.Tensor:

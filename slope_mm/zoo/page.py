@@ -27,6 +27,15 @@ CAUSES = (
     (r'alloc|memory|MemoryError', 'needs more than 8 GB'),
     (r'stopped after', 'takes too long here'),
 )
+# What may have installed a package: OpenMMLab, or the maintained forks.
+DISTRIBUTIONS = {
+    'torch': ('torch',),
+    'mmcv': ('mmcv', 'onedl-mmcv'),
+    'mmengine': ('mmengine', 'onedl-mmengine'),
+    'mmdet': ('mmdet', 'onedl-mmdetection'),
+    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
+    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
+}
 GOAL = 0.98
 # Reasons of the default rules and of formats: what they leave dense is meant to be.
 NAMED = ('sampling offsets', 'its weight is computed by a hook')
@@ -71,8 +80,8 @@ def write_page(folder: Path, results: Mapping[str, Result] | None) -> str:
 
 def _versions() -> dict[str, str]:
     found = {'python': platform.python_version()}
-    for name in ('torch', 'mmcv', 'mmengine', 'mmdet'):
-        for distribution in (name, f'onedl-{name}', 'onedl-mmdetection'):
+    for name, distributions in DISTRIBUTIONS.items():
+        for distribution in distributions:
             try:
                 found[name] = importlib.metadata.version(distribution)
                 break
@@ -108,7 +117,8 @@ def summary(rows: Iterable[Result]) -> list[str]:
         ' and convolutions compressed'
         + (f', {len(named)} of them not counting {NAMED[0]}.' if named else '.'),
         f'- {sum(row["packed"] == "equal" for row in packed)} of {len(packed)} packed files (one'
-        ' for each detector class) gave the compressed weights back bit for bit.',
+        " for each of mmdet's classes, and of each other model) gave the compressed weights back"
+        ' bit for bit.',
     ]
     if counts:
         told = ', '.join(f'{n} x {name}' for name, n in sorted(counts.items(), key=lambda i: -i[1]))
@@ -164,8 +174,8 @@ def _page(rows: list[Result], versions: Mapping[str, str]) -> str:
         ' 8 GB at most for each config.',
         'SyncBN is BN and AMP is off in both twins, stages are not frozen, second stages train'
         ' on 32 regions; nothing is downloaded.',
-        'Models of mmpretrain and mmseg take the same way through `SlopeModel`; neither package was'
-        ' installed for this run, and none of their models was tried in it.',
+        'A few models of mmpretrain and mmseg take the same way, where these packages are installed'
+        ' (`PACKAGE::` before the folder).',
         '',
         *summary(rows),
         '',

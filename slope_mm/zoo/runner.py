@@ -23,7 +23,7 @@ import mmdet
 import torch
 
 from slope_mm.errors import ConfigError
-from slope_mm.zoo.catalogue import Entry, catalogue, one_line
+from slope_mm.zoo.catalogue import RELATIVES, Entry, catalogue, one_line, relatives
 from slope_mm.zoo.trial import DenseFailure, peak_mb, stock_zoo_config, try_config
 
 Result = dict[str, Any]
@@ -98,7 +98,7 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def listed(options: Options) -> list[Entry]:
-    """The catalogue, from the run's folder where it was listed for the installed mmdet before.
+    """The catalogue, mmdet's part from the run's folder where it was listed before.
 
     Reading 800 configs takes longer than trying one.
     """
@@ -107,11 +107,11 @@ def listed(options: Options) -> list[Entry]:
     if kept.is_file():
         content = json.loads(kept.read_text())
         if content['mmdet'] == version:
-            return [Entry(**entry) for entry in content['entries']]
+            return [*(Entry(**entry) for entry in content['entries']), *relatives()]
     entries = catalogue()
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({'mmdet': version, 'entries': [vars(e) for e in entries]}, indent=1))
-    return entries
+    return [*entries, *relatives()]
 
 
 def widest_first(entries: Iterable[Entry]) -> list[Entry]:
@@ -136,7 +136,7 @@ def run_zoo(options: Options, say: Callable[[str], None] = print) -> dict[str, R
         All results by config.
     """
     entries = listed(options)
-    # A packed file of each detector class is enough.
+    # A packed file of each detector class is enough, and of each relative.
     packs = {e.detector: e.config for e in reversed(entries) if not (e.same_as or e.problem)}
     done = {} if options.again else read_results(options.results)
     todo = [e for e in widest_first(select(entries, options)) if e.config not in done]
@@ -146,7 +146,8 @@ def run_zoo(options: Options, say: Callable[[str], None] = print) -> dict[str, R
         with options.results.open('a', encoding='utf-8') as file:
             file.write('\n')
     for number, entry in enumerate(todo, 1):
-        result = run_entry(entry, options, pack=packs.get(entry.detector) == entry.config)
+        pack = packs.get(entry.detector) == entry.config or entry.config in RELATIVES
+        result = run_entry(entry, options, pack)
         with options.results.open('a', encoding='utf-8') as file:
             file.write(json.dumps(result) + '\n')
         said = result.get('reason') or f'{result.get("compressed", 0):.2%} compressed'

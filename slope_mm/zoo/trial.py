@@ -28,7 +28,7 @@ import slope_mm
 from slope_mm.convert import bake, compressed_layers, settled_layers
 from slope_mm.engine.launch import build_model
 from slope_mm.layers import find_weights
-from slope_mm.zoo.catalogue import config_root, one_line, read
+from slope_mm.zoo.catalogue import config_path, config_root, one_line, read
 from slope_mm.zoo.inputs import SIDES, prediction_batch, training_batch
 from slope_mm.zoo.weights import shared_names, weight_shares
 
@@ -53,10 +53,9 @@ def stock_zoo_config(name: str) -> Config:
     """Reads a stock config and takes out what would fetch weights or need a GPU.
 
     Args:
-        name: Path below mmdet's configs.
+        name: Path below mmdet's configs, or ``PACKAGE::`` and a path below another's.
     """
-    config = read(config_root() / name)
-    return prepared(config)
+    return prepared(read(config_path(name)))
 
 
 def prepared(config: Config) -> Config:
@@ -64,6 +63,13 @@ def prepared(config: Config) -> Config:
     config = copy.deepcopy(config)
     config.load_from = None
     model = config.model
+    # As mmengine's Runner does.
+    if 'data_preprocessor' in config:
+        model.setdefault('data_preprocessor', copy.deepcopy(config.data_preprocessor))
+    preprocessor = model.get('data_preprocessor') or {}
+    if preprocessor.pop('size', None) is not None:
+        # mmseg's pads to the size of the data set's crops.
+        preprocessor['size_divisor'] = 32
     for section in (model, model.get('detector', {})):
         if section.get('backbone', {}).get('frozen_stages', -1) > 0:
             section['backbone']['frozen_stages'] = -1

@@ -173,10 +173,15 @@ def test_random_networks(seed: int, tmp_path: Path) -> None:
     shared = len({id(p) for p in stock.parts})
     check = slope_mm.convert(copy.deepcopy(stock), recipe)
     assert len({id(p) for p in check.parts}) == shared
+    # torch 2.1 has no switch.
+    fast_path = getattr(torch.backends, 'mha', None)
     if any(isinstance(p, nn.TransformerEncoderLayer) for p in stock.parts):
         # Stock and compressed differ in the last bits: one takes torch's fast path.
-        torch.backends.mha.set_fastpath_enabled(False)
+        if fast_path is None:
+            pytest.skip("this torch's fast path of encoder layers cannot be switched off")
+        fast_path.set_fastpath_enabled(False)
     try:
         check_end_to_end(stock, torch.randn(2, 5, E), recipe, tmp_path / 'random.slope')
     finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+        if fast_path is not None:
+            fast_path.set_fastpath_enabled(True)

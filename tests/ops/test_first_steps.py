@@ -17,6 +17,7 @@ from weight_cases import ALL_CODES, WEIGHTS, levels, random_tensor
 from slope_mm.ops import (
     CODE_SETS,
     Codes,
+    activation_codes,
     from_codes,
     lsq_init_step,
     mse_init_step,
@@ -206,3 +207,19 @@ def test_low_precision_weights_have_fp32_steps() -> None:
 
 def test_empty_weights_have_steps() -> None:
     assert mse_init_step(torch.zeros(3, 0), weight_codes('lsq', 4)).shape == (3, 1)
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_few_large_values_decide_a_tensors_step(seed: int) -> None:
+    """As in the input of a detector's last layer: nearly all is small, what matters is rare."""
+    noise = torch.Generator().manual_seed(seed)
+    values = 0.01 * torch.randn(16384, generator=noise).abs()
+    values[torch.randperm(16384, generator=noise)[:24]] = 1 + torch.rand(24, generator=noise)
+    codes = activation_codes(4, signed=False)
+    found = squared_error(values[None], mse_init_step(values, codes, None), codes, None, 0)
+    steps = np.linspace(1e-3, 0.2, 400)
+    best = min(
+        float(((np.clip(np.round(values.numpy() / s), 0, 15) * s - values.numpy()) ** 2).sum())
+        for s in steps
+    )
+    assert float(found) <= 1.1 * best
