@@ -145,7 +145,9 @@ class TrainingStep:
         self._model, self._batch = model, batch
         # Building a wrapper decides for the whole process; here arms take turns.
         self._kernels = bool(config.optim_wrapper.get('compile'))
-        # The first step initialises what later ones only use.
+        # The first step initialises what later ones only use, calibration included; the second
+        # learns how often a layer runs when nothing is calibrated.
+        self()
         self()
 
     def __call__(self) -> Any:

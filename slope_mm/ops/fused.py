@@ -8,6 +8,7 @@ compiles for tens of seconds, which a short run does not earn back. On CUDA they
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -55,7 +56,18 @@ def _triton_runs(x: Tensor) -> bool:
         return False
     if not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return False
-    return importlib.util.find_spec('triton') is not None
+    return _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether Triton is there in a version that has what the kernels use."""
+    if importlib.util.find_spec('triton') is None:
+        return False
+    # The distribution has other names beside nightly builds of torch.
+    import triton
+
+    return int(triton.__version__.partition('.')[0]) >= 3
 
 
 def weight_kernels(
