@@ -122,7 +122,7 @@ def _build(files: list[Path]) -> None:
         return
     with _sole_builder(files[0].parent):
         missing = [file for file in files if not file.is_file()]
-        at_once = max(1, len(os.sched_getaffinity(0)))
+        at_once = os.cpu_count() or 1
         for start in range(0, len(missing), at_once):
             started = [_start(file) for file in missing[start : start + at_once]]
             try:
@@ -145,7 +145,6 @@ def _reason(errors: str) -> str:
 def _start(file: Path) -> subprocess.Popen[str]:
     package = Path(__file__).parents[2]
     paths = [str(package), *filter(None, [os.environ.get('PYTHONPATH')])]
-    # Launchers tell their processes through variables who they are; a builder is none of them.
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'PYTHONWARNINGS': 'ignore'}
     return subprocess.Popen(
         [sys.executable, '-m', 'slope_mm.ops.kernel_build', str(file)],
