@@ -38,6 +38,12 @@ seeds = [8, 9, 10, 11, 12]
 _adamw = {
     'optim_wrapper.optimizer': dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05)
 }
+# The hooks of all arms, and the regularizer's gradient against the task's at every look.
+_hooks = [
+    dict(type='slope_mm.EpochSeedHook'),
+    dict(type='slope_mm.SlopeScheduleHook'),
+    dict(type='slope_mm.SlopeMonitorHook', gradients=True),
+]
 _cosine = dict(regularizer=dict(type='cosine', weight=3.0))
 # lambda rises from 0 all the time, or falls to 0 all the time.
 _late = dict(**_cosine, schedule=dict(warmup=1.0))
@@ -48,14 +54,18 @@ def _recipe(codes='lsq'):
     return dict(weight=dict(sparsity='2:4', bits=2, codes=codes))
 
 
+def _arm(name, recipe, options=None, **more):
+    return dict(name=name, recipe=recipe, options={'slope_hooks': _hooks, **(options or {})}, **more)
+
+
 def _trained(name, recipe, **more):
-    return dict(name=name, recipe=recipe, tasks=['trained'], **more)
+    return _arm(name, recipe, tasks=['trained'], **more)
 
 
 arms = [
     dict(name='fp32'),
-    dict(name='naive', recipe=_recipe()),
-    dict(name='SLOPE', recipe=_recipe(), **_cosine),
+    _arm('naive', _recipe()),
+    _arm('SLOPE', _recipe(), **_cosine),
     _trained('SLOPE, late', _recipe(), **_late),
     _trained('SLOPE, early', _recipe(), **_early),
     _trained('AdamW naive', _recipe(), options=_adamw),

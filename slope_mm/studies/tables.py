@@ -285,6 +285,7 @@ def _conditions(results: Results) -> list[str]:
     rows = [*results.rows, *results.starts]
     machines = sorted({_machine(row['machine']) for row in rows})
     kept = sorted({_versions(row['versions']) for row in rows})
+    # By the clock: whatever else ran beside them is in it.
     hours = sum(row['wall_s'] for row in rows) / 3600
     return [
         '## Conditions',
@@ -295,8 +296,8 @@ def _conditions(results: Results) -> list[str]:
         '',
         *(f'- {text}' for text in machines),
         *(f'- {text}' for text in kept),
-        f'- {len(results.rows)} trials and {len(results.starts)} starts took {hours:.1f} hours of'
-        ' process time.',
+        f'- {len(results.rows)} trials and {len(results.starts)} starts took {hours:.1f} hours by'
+        ' the clock, whatever ran beside them.',
         '',
     ]
 
