@@ -35,9 +35,7 @@ tasks = dict(
     ),
 )
 seeds = [8, 9, 10, 11, 12]
-_adamw = {
-    'optim_wrapper.optimizer': dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05)
-}
+_adamw = {'optim_wrapper.optimizer': dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.05)}
 # The hooks of all arms, and the regularizer's gradient against the task's at every look.
 _hooks = [
     dict(type='slope_mm.EpochSeedHook'),
@@ -55,7 +53,9 @@ def _recipe(codes='lsq'):
 
 
 def _arm(name, recipe, options=None, **more):
-    return dict(name=name, recipe=recipe, options={'slope_hooks': _hooks, **(options or {})}, **more)
+    return dict(
+        name=name, recipe=recipe, options={'slope_hooks': _hooks, **(options or {})}, **more
+    )
 
 
 def _trained(name, recipe, **more):
