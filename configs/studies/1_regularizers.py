@@ -1,14 +1,14 @@
 # Study 1: the paper's table 7 (none, L2, cosine at 2:4 with 4 and 2 bits) and its detection table.
 _base_ = '../_base_/studies/detection.py'
 title = 'Regularizers at 2:4, and the detection table'
-# Where there is no time for three epochs: the same start, then 64 iterations on 512 of the images.
+# Where there is no time for three epochs: the same start, then 48 iterations on 384 of the images.
 _brief = dict(
-    title='shapes, 64 iterations',
+    title='shapes, 48 iterations',
     config='configs/mask_rcnn_r18_shapes_fp32.py',
     start=dict(config='configs/mask_rcnn_r18_shapes_scratch.py'),
     options={
         'train_cfg.max_epochs': 1,
-        'train_dataloader.dataset.indices': 512,
+        'train_dataloader.dataset.indices': 384,
         'default_hooks.logger.interval': 16,
         'log_processor.window_size': 16,
         'param_scheduler': [
