@@ -1,11 +1,14 @@
 # Study 1: the paper's table 7 (none, L2, cosine at 2:4 with 4 and 2 bits) and its detection table.
 _base_ = '../_base_/studies/detection.py'
 title = 'Regularizers at 2:4, and the detection table'
-# Where there is no time for three epochs: the same start, then 32 iterations on 256 of the images.
+# Where there is no time for three epochs: the first half of the dense training as the start, then
+# 32 iterations on 256 of the images.
 _brief = dict(
-    title='shapes, 32 iterations',
+    title='shapes, half-trained start, 32 iterations',
     config='configs/mask_rcnn_r18_shapes_fp32.py',
-    start=dict(config='configs/mask_rcnn_r18_shapes_scratch.py'),
+    start=dict(
+        config='configs/mask_rcnn_r18_shapes_scratch.py', options={'train_cfg.max_epochs': 6}
+    ),
     options={
         'train_cfg.max_epochs': 1,
         'train_dataloader.dataset.indices': 256,
