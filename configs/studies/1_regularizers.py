@@ -1,7 +1,35 @@
 # Study 1: the paper's table 7 (none, L2, cosine at 2:4 with 4 and 2 bits) and its detection table.
 _base_ = '../_base_/studies/detection.py'
 title = 'Regularizers at 2:4, and the detection table'
-tasks = dict(shapes=dict(seeds=[0, 1, 2, 3, 4]), nuclei=dict(seeds=[0, 1, 2]))
+# Where there is no time for three epochs: the first half of the dense training as the start, then
+# 32 iterations on 256 of the images.
+_brief = dict(
+    title='shapes, half-trained start, 32 iterations',
+    config='configs/mask_rcnn_r18_shapes_fp32.py',
+    start=dict(
+        config='configs/mask_rcnn_r18_shapes_scratch.py', options={'train_cfg.max_epochs': 6}
+    ),
+    options={
+        'train_cfg.max_epochs': 1,
+        'train_dataloader.dataset.indices': 256,
+        'default_hooks.logger.interval': 8,
+        'log_processor.window_size': 8,
+        'param_scheduler': [
+            dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=8),
+            dict(
+                type='CosineAnnealingLR',
+                by_epoch=True,
+                T_max=1,
+                eta_min=1e-6,
+                convert_to_iter_based=True,
+            ),
+        ],
+    },
+    shapes=dict(root='data/shapes'),
+    metrics=dict(box_mAP='coco/bbox_mAP', mask_mAP='coco/segm_mAP'),
+    seeds=[0, 1, 2, 3, 4],
+)
+tasks = dict(shapes=dict(seeds=[0, 1, 2, 3, 4]), nuclei=dict(seeds=[0, 1, 2]), shapes_brief=_brief)
 _lambda = 1.0
 _l2 = dict(type='l2', weight=_lambda)
 _cosine = dict(type='cosine', weight=_lambda)

@@ -43,6 +43,14 @@ class Results:
             if row['task'] == task and row['arm'] == arm and row.get(key) is not None
         }
 
+    def training_loss(self, task: str, arm: str) -> dict[int, float]:
+        """An arm's training loss at the last look, without the regularizer, by seed."""
+        return {
+            row['seed']: row['curves']['loss'][-1]
+            for row in self.of(task, arm)
+            if row.get('curves', {}).get('loss')
+        }
+
     def of(self, task: str, arm: str) -> list[dict[str, Any]]:
         """The rows of an arm on a task."""
         return [row for row in self.rows if row['task'] == task and row['arm'] == arm]

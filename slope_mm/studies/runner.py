@@ -185,7 +185,11 @@ class Runner:
 
         def collect() -> None:
             results.rows[:] = [rows[t] for t in trials if t in rows]
-            results.starts[:] = [collected[key] for key in starts if key in collected]
+            # Once for each task that starts there.
+            origins = {(t.task.name, t.start.key): None for t in trials if t.start is not None}
+            results.starts[:] = [
+                {**collected[key], 'task': task} for task, key in origins if key in collected
+            ]
             save(results)
 
         collect()

@@ -12,6 +12,8 @@ from slope_mm.studies.study import Comparison, Study, Table, Task
 NOTHING = '–'
 LABELS = {'box_mAP': 'box mAP', 'mask_mAP': 'mask mAP', 'top1': 'top-1 (%)'}
 MARK = '†'
+LOSS = 'loss'
+DIGITS = {'top1': 1, LOSS: 4}
 
 
 def metric_label(name: str) -> str:
@@ -71,6 +73,7 @@ def table_lines(study: Study, table: Table, task: Task, results: Results) -> lis
         names = ' / '.join(metric_label(m) for m in metrics)
         header.append(f'of {table.reference} (%), {names}')
     header += [f'Δ {metric_label(m)} against {table.against}, 95 %' for m in metrics]
+    header += ['training loss', 'flips (%)']
     header += ['cosine', 'SQNR (dB)', 'size (MB)', 'ratio', 'GBOPs']
     lines = [_row(header), '|' + '---|' * len(header)]
     marked = False
@@ -89,6 +92,7 @@ def table_lines(study: Study, table: Table, task: Task, results: Results) -> lis
             if not same:
                 difference = paired_difference(results.by_seed(task.name, name, m), base)
             cells.append(_difference(m, difference))
+        cells += [_loss(results.training_loss(task.name, name)), _flips(rows)]
         cells += _model_cells(rows)
         lines.append(_row(cells))
     if marked:
@@ -103,6 +107,7 @@ def comparison_lines(table: Comparison, task: Task, results: Results) -> list[st
     """Paired differences alone; pairs without a common seed are left out."""
     metrics = list(task.metrics)
     header = ['arm', 'against', 'seeds', *(f'Δ {metric_label(m)}, 95 %' for m in metrics)]
+    header.append('Δ training loss, 95 %')
     lines = []
     marked = False
     for arm, base in table.pairs:
@@ -118,6 +123,8 @@ def comparison_lines(table: Comparison, task: Task, results: Results) -> list[st
         other = _differs(results.of(task.name, arm), results.of(task.name, base))
         marked |= other
         cells = [_difference(m, d) for m, d in zip(metrics, found, strict=True)]
+        losses = [results.training_loss(task.name, name) for name in (arm, base)]
+        cells.append(_difference(LOSS, paired_difference(*losses)))
         lines.append(_row([arm + (f' {MARK}' if other else ''), base, str(counts[0]), *cells]))
     if not lines:
         return []
@@ -179,7 +186,7 @@ def _seeds(study: Study, task: Task, name: str, rows: Sequence[Any]) -> str:
 
 
 def _number(metric: str, value: float) -> str:
-    return f'{value:.1f}' if metric == 'top1' else f'{value:.3f}'
+    return f'{value:.{DIGITS.get(metric, 3)}f}'
 
 
 def _spread(metric: str, values: Mapping[int, float]) -> str:
@@ -212,6 +219,17 @@ def _difference(metric: str, difference: Difference | None) -> str:
         return text
     star = ' *' if difference.decided else ''
     return f'{text} ± {_number(metric, difference.half_width)}{star}'
+
+
+def _loss(values: Mapping[int, float]) -> str:
+    return f'{summarize(list(values.values())).mean:.4f}' if values else NOTHING
+
+
+def _flips(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mask entries that changed between two looks, mean over looks and seeds, in percent."""
+    rates = [row.get('curves', {}).get('flip_rate') or [] for row in rows]
+    found = [rate for looks in rates for rate in looks if rate is not None]
+    return f'{100 * sum(found) / len(found):.2f}' if found else NOTHING
 
 
 def _model_cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -285,18 +303,22 @@ def _conditions(results: Results) -> list[str]:
     rows = [*results.rows, *results.starts]
     machines = sorted({_machine(row['machine']) for row in rows})
     kept = sorted({_versions(row['versions']) for row in rows})
-    hours = sum(row['wall_s'] for row in rows) / 3600
+    starts = {row['config_hash']: row['wall_s'] for row in results.starts}
+    # By the clock: whatever else ran beside them is in it.
+    hours = (sum(row['wall_s'] for row in results.rows) + sum(starts.values())) / 3600
     return [
         '## Conditions',
         '',
         'Mean ± standard deviation over seeds; differences are means over the same seeds with'
         ' Student’s 95 % interval, and * marks those whose interval excludes zero. Sizes marked'
-        ' (calc.) are calculated, all others are lengths of files. GBOPs: of one test image.',
+        ' (calc.) are calculated, all others are lengths of files. Training loss: at the last'
+        ' look, without the regularizer. Flips: mask entries that changed from one look to the'
+        ' next, mean over looks. GBOPs: of one test image.',
         '',
         *(f'- {text}' for text in machines),
         *(f'- {text}' for text in kept),
-        f'- {len(results.rows)} trials and {len(results.starts)} starts took {hours:.1f} hours of'
-        ' process time.',
+        f'- {len(results.rows)} trials and {len(starts)} starts took {hours:.1f} hours by'
+        ' the clock, whatever ran beside them.',
         '',
     ]
 

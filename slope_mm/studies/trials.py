@@ -202,7 +202,8 @@ def start_trial(task: Task, seed: int, site: Site) -> Trial | None:
     config.randomness = {**config.get('randomness', {}), 'seed': seed}
     context = surroundings(task, site, '')
     key = hash_of({'config': described(config), 'metrics': task.metrics, **context})
-    place = site.place(f'{task.name}_start_seed_{seed}_{key}')
+    # Not by the task's name: tasks that differ in what follows share it.
+    place = site.place(f'{Path(start.config).stem}_seed_{seed}_{key}')
     return Trial(task, None, seed, placed(config, place), key, key, place)
 
 

@@ -76,8 +76,25 @@ def test_a_table_says_what_the_rows_say(study: Study) -> None:
     numbers = [float(n) for n in re.findall(r'[\d.]+', row[5])]
     assert numbers == pytest.approx([abs(difference.mean), difference.half_width], abs=6e-4)
     assert ('*' in row[5]) == difference.decided
-    assert row[9].endswith('(calc.)')
+    assert row[11].endswith('(calc.)')
     assert cells(text, '2:4 + 2 bit (table 7)', 'naive 2:4 W2')[5] == '–'
+
+
+def test_training_losses_and_flips_are_those_of_the_curves(study: Study) -> None:
+    results = synthetic_results(study)
+    for row in results.rows:
+        losses = row['curves']['loss']
+        losses[-1] = 0.5 + 0.01 * row['seed'] * (row['arm'] == 'SLOPE 2:4 W2')
+        if 'flip_rate' in row['curves']:
+            row['curves']['flip_rate'] = [None, 0.01, 0.03]
+    text = markdown(study, results)
+    row = cells(text, '2:4 + 2 bit (table 7)', 'SLOPE 2:4 W2')
+    assert row[7:9] == ['0.5200', '2.00']
+    assert cells(text, '2:4 + 2 bit (table 7)', 'naive 2:4 W2')[7:9] == ['0.5000', '2.00']
+    # Differences of 0, 0.01 … 0.04: Student's t of 4 degrees of freedom is 2.776.
+    pair = cells(text, 'The order of the paper', 'SLOPE 2:4 W2')
+    half = 2.776 * (0.00025 / 5) ** 0.5
+    assert pair[-1] == f'+0.0200 ± {half:.4f} *'
 
 
 def test_what_is_missing_is_said(study: Study) -> None:

@@ -52,7 +52,7 @@ def test_a_shipped_study_shows_all_of_its_arms(path: Path) -> None:
 
 def test_all_studies_of_the_programme_are_there() -> None:
     numbers = sorted(int(path.stem.split('_')[0]) for path in SHIPPED)
-    assert numbers == list(range(1, 14))
+    assert numbers == list(range(1, 15))
 
 
 def test_the_key_arms_have_five_seeds_on_shapes_and_three_on_nuclei() -> None:
@@ -60,7 +60,7 @@ def test_the_key_arms_have_five_seeds_on_shapes_and_three_on_nuclei() -> None:
     counts = {
         task.name: {len(study.seeds(task, arm)) for arm in study.arms} for task in study.tasks
     }
-    assert counts == {'shapes': {5}, 'nuclei': {3}}
+    assert counts == {'shapes': {5}, 'nuclei': {3}, 'shapes_brief': {5}}
 
 
 def test_lambda_is_swept_over_five_decades() -> None:
@@ -282,6 +282,18 @@ def test_one_start_serves_all_seeds_unless_each_seed_asks_for_its_own(
         for trial in trials.values():
             assert trial.config.load_from == str(trial.start.weights)
             assert trial.start.seed == (trial.seed if per_seed else 0)
+
+
+def test_tasks_that_start_alike_share_one_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    start = {'config': 'configs/mask_rcnn_r18_shapes_scratch.py'}
+    task = {**STUDY['tasks']['shapes'], 'start': start}
+    brief = {**task, 'options': {'train_cfg.max_epochs': 1}}
+    monkeypatch.setattr('slope_mm.studies.trials.missing_data', lambda task: None)
+    trials, _ = plan_trials(parsed(tasks={'shapes': task, 'brief': brief}), Site(tmp_path))
+    assert len({trial.folder for trial in trials}) == len(trials)
+    assert len({trial.start.folder for trial in trials}) == 1
 
 
 def test_an_override_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
