@@ -71,7 +71,7 @@ class WeightForward(nn.Module):
 
 
 class WeightBackward(nn.Module):
-    """The gradient of rows, and the step's before its division by nothing: a value a row."""
+    """The gradient of rows, and the step's: one value a row."""
 
     def forward(
         self,
