@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from mmengine.config import Config
 
 from slope_mm.benchmark import detectors
 from slope_mm.benchmark.interleave import Spread, interleave
+from slope_mm.benchmark.kernels import kernel_times, memory_bandwidth
 from slope_mm.benchmark.memory import peak_bytes
-from slope_mm.benchmark.weights import layer_arms
+from slope_mm.benchmark.weights import SHAPE, WEIGHT_BYTES, layer_arms
 from slope_mm.convert import compressed_layers, convert
 from slope_mm.engine.launch import read_config
 from slope_mm.layers import CompressedLayer
@@ -60,11 +62,30 @@ def evaluate(args: Namespace, progress: Progress) -> Result:
 
 
 def layer(args: Namespace, progress: Progress) -> Result:
-    """One weight, forward and backward; ratios to 2:4, which has to do more than the peers."""
-    arms, skipped = layer_arms(args.device)
+    """One weight, forward and backward; ratios to 2:4, which has to do more than the peers.
+
+    On a GPU also what its kernels take, of weights that come from memory and not from a cache, and
+    the share of that time in which a copy would move the bytes that have to be moved.
+    """
+    on_gpu = torch.device(args.device).type == 'cuda'
+    arms, skipped = layer_arms(args.device, cases=8 if on_gpu else 1)
     timings = interleave(arms, args.rounds)
     rows = timings.rows('slope_mm 2:4', shape='512x512x3x3')
-    return rows, [f'skipped: {name}: {why}' for name, why in skipped.items()]
+    notes = [f'skipped: {name}: {why}' for name, why in skipped.items()]
+    if on_gpu:
+        limit = memory_bandwidth(args.device)
+        spreads = kernel_times(arms, args.rounds)
+        needed = WEIGHT_BYTES * math.prod(SHAPE) / limit
+        for row in rows:
+            spread = spreads[row['arm']]
+            row.update(
+                kernels_us=1e6 * spread.median,
+                kernels_us_low=1e6 * spread.low,
+                kernels_us_high=1e6 * spread.high,
+                of_bandwidth=needed / spread.median if 'slope_mm' in row['arm'] else None,
+            )
+        notes.append(f'a copy of 1 GiB moved {limit / 1e9:.0f} GB/s, read and written')
+    return rows, notes
 
 
 def memory(args: Namespace, progress: Progress) -> Result:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from slope_mm.ops import NMPattern, compress_with_powers, mse_init_step, regular
 from slope_mm.ops.fused import fused
 
 SHAPE = (512, 512, 3, 3)
+# That have to be moved for each weight: W in and its compressed form out; the gradient and W in,
+# and W's gradient out.
+WEIGHT_BYTES = 20
 PATTERNS = ('2:4', '1:4', '2:8', '4:8', '2:16')
 
 
@@ -32,7 +37,12 @@ class _Case:
             self.weight.grad = self.step.grad = None
             with fused(kernels):
                 weight, powers = compress_with_powers(
-                    self.weight, self.step, self.codes, pattern=NMPattern(n, m), check_finite=True
+                    self.weight,
+                    self.step,
+                    self.codes,
+                    pattern=NMPattern(n, m),
+                    # As a layer has it: where that does not stall a GPU.
+                    check_finite=self.weight.device.type == 'cpu',
                 )
                 loss = regularize('cosine', [powers]).sum()
                 torch.autograd.backward([weight, loss], [self.upstream, torch.ones_like(loss)])
@@ -112,28 +122,42 @@ class _Case:
 
 
 def layer_arms(
-    device: str = 'cpu', shape: tuple[int, ...] = SHAPE, with_compiled: bool = True
+    device: str = 'cpu', shape: tuple[int, ...] = SHAPE, with_compiled: bool = True, cases: int = 1
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """The arms of ``benchmark.py layer``.
+
+    Args:
+        device: Where the weights are.
+        shape: Their shape.
+        with_compiled: Whether the fused kernels have arms.
+        cases: Weights that calls of an arm take in turn: as many as no cache holds.
 
     Returns:
         ``(arms, skipped)``: name to what is timed, and name to why a peer is not.
     """
-    case = _Case(shape, device)
-    arms = {f'slope_mm {pattern}': case.ours(pattern) for pattern in PATTERNS}
+    turns = [_Case(shape, device) for _ in range(cases)]
+    arms = {f'slope_mm {p}': _in_turn([case.ours(p) for case in turns]) for p in PATTERNS}
     if with_compiled:
-        arms |= {f'slope_mm {p} compiled': case.ours(p, kernels=True) for p in PATTERNS}
-    arms['plain autograd 2:4'] = case.plain_autograd()
-    copied = torch.empty_like(case.weight.detach())
-    arms['one copy of the weight'] = lambda: copied.copy_(case.weight.detach())
+        for p in PATTERNS:
+            arms[f'slope_mm {p} compiled'] = _in_turn([c.ours(p, kernels=True) for c in turns])
+    arms['plain autograd 2:4'] = _in_turn([case.plain_autograd() for case in turns])
+    copied = torch.empty_like(turns[0].weight.detach())
+    arms['one copy of the weight'] = _in_turn(
+        [partial(copied.copy_, case.weight.detach()) for case in turns]
+    )
     skipped: dict[str, str] = {}
     for name, make in (
-        ('torch.ao quantizer', case.torch_ao),
-        ('Brevitas quantizer', case.brevitas),
-        ('ModelOpt quantizer', case.modelopt),
+        ('torch.ao quantizer', _Case.torch_ao),
+        ('Brevitas quantizer', _Case.brevitas),
+        ('ModelOpt quantizer', _Case.modelopt),
     ):
         try:
-            arms[name] = make()
+            arms[name] = _in_turn([make(case) for case in turns])
         except ImportError as problem:
             skipped[name] = f'not installed ({problem})'
     return arms, skipped
+
+
+def _in_turn(runs: list[Callable[[], Any]]) -> Callable[[], Any]:
+    following = itertools.cycle(runs)
+    return lambda: next(following)()

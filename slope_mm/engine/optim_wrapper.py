@@ -20,6 +20,7 @@ from slope_mm.engine.refusals import check_wrapped
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.layers import STOCK_KINDS, CompressedLayer
+from slope_mm.layers.sharing import compress_together
 from slope_mm.ops import fused
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
@@ -195,9 +196,11 @@ class RegularizedOptimWrapper(OptimWrapper):
         again = self.regularizer.gradient == 'ste' and self.regularizer.active
         for layer in self._layers:
             # A layer that ran once will do so again; heads that levels share run several times.
-            once = layer.runs == 1 and not again and fused.fused_enabled()
+            once = layer.runs == 1 and not again and fused.saves_memory(layer.weight)
             layer.begin_sharing(sums, let_go=once)
             layer.runs, layer.loss_factor = 0, factor
+        if fused.fused_enabled():
+            compress_together(self._layers)
         module.slope_in_step = True  # type: ignore[assignment]
 
     def _end_step(self) -> None:
@@ -215,12 +218,16 @@ class RegularizedOptimWrapper(OptimWrapper):
         if self._refused():
             return
         steps = self._steps()
-        before = [step.detach().clone() for step in steps]
+        if not steps:
+            super().step(**kwargs)
+            return
+        with torch.no_grad():
+            least = torch._foreach_mul(steps, 1 - self.step_limit)
+            most = torch._foreach_mul(steps, 1 + self.step_limit)
         super().step(**kwargs)
-        if steps:
-            with torch.no_grad():
-                torch._foreach_maximum_(steps, torch._foreach_mul(before, 1 - self.step_limit))
-                torch._foreach_minimum_(steps, torch._foreach_mul(before, 1 + self.step_limit))
+        with torch.no_grad():
+            torch._foreach_maximum_(steps, least)
+            torch._foreach_minimum_(steps, most)
 
     def _loss_factor(self) -> float:
         factor = 1.0 / self._accumulative_counts

@@ -48,22 +48,23 @@ def mean_over_layers(
             f'regularizer gradient={gradient!r} is unknown; choose one of {list(GRADIENTS)}'
             f'{nearest(str(gradient), GRADIENTS)}'
         )
-    sums, items = [], 0
+    terms, items = [], 0
     for layer in layers:
         if not layer.weight.requires_grad or not layer.changes_weight:
             continue
         items += 1 if granularity == 'layer' else layer.weight.shape[layer.output_axis]
-        if only_if_run and not layer.runs:
-            continue
-        with torch.autocast(layer.weight.device.type, enabled=False):
-            if gradient == 'exact':
-                sums.append(layer.weight_powers())
-            else:
-                compressed = layer.compressed_weight()
-                sums.append(power_sums(layer.latent_weight(), compressed, layer.output_axis))
-    if not sums:
+        if layer.runs or not only_if_run:
+            terms.append(layer)
+    if not terms:
         return None
-    with torch.autocast(sums[0].device.type, enabled=False):
+    with torch.autocast(terms[0].weight.device.type, enabled=False):
+        if gradient == 'exact':
+            sums = [layer.weight_powers() for layer in terms]
+        else:
+            sums = [
+                power_sums(layer.latent_weight(), layer.compressed_weight(), layer.output_axis)
+                for layer in terms
+            ]
         return regularize(type, sums, granularity).sum() / items
 
 

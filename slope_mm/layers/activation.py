@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
-from slope_mm.ops import Codes, activation_codes, grad_scale, lsq_quantize, mse_init_step
+from slope_mm.ops import Codes, activation_codes, grad_scale, mse_init_step
 from slope_mm.ops.compress import Compress
 from slope_mm.ops.learned_step import QuantizeLSQ
 from slope_mm.ops.tracing import is_compiling
@@ -40,7 +40,8 @@ def quantize_activation(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
         Tensor of ``x``'s shape and dtype.
     """
     features = x.numel() / max(x.shape[0], 1)
-    return lsq_quantize(x, step, codes.qn, codes.qp, grad_scale(features, codes), codes.offset)
+    quantized: Tensor = QuantizeLSQ.apply(x, step, codes, grad_scale(features, codes))
+    return quantized
 
 
 class _Again(NamedTuple):

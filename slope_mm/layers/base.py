@@ -7,6 +7,7 @@ keys keep their stock meaning (``weight`` is the latent W); everything else star
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -28,7 +29,9 @@ from slope_mm.ops import (
     step_shape,
     to_codes,
 )
+from slope_mm.ops.compress_many import Many, many_fit
 from slope_mm.ops.sparsity import Pattern
+from slope_mm.ops.weight_pass import Groups
 
 _OWN_ATTRIBUTES = (
     'slope_spec',
@@ -238,6 +241,34 @@ class CompressedLayer(SavedState):
             let_go = self._let_go and wants_grad and shared is None
             self._shared = SharedWeight(compressed, powers, sums, let_go)
         return compressed, powers
+
+    def one_of_many(self) -> Many | None:
+        """What :func:`~slope_mm.ops.compress_many.compress_many` takes of the layer.
+
+        None where it has to be compressed on its own.
+        """
+        pattern, mask, step = self._pattern_now, self.slope_mask, self.step
+        if self._codes is None or step is None or step.numel() != self.weight.shape[0]:
+            return None
+        plain = type(self).latent_weight is CompressedLayer.latent_weight
+        axes = (self.output_axis, self.input_axis) == (0, 1)
+        live = mask is None and pattern is not None
+        if not (plain and axes and many_fit(self.weight, mask, self.slope_spec.gradient)):
+            return None
+        groups = None
+        if live:
+            if not isinstance(pattern, NMPattern) or self.slope_spec.order != 's_then_q':
+                return None
+            groups = Groups(pattern.n, pattern.m, math.prod(self.weight.shape[2:]))
+        return Many(
+            self.weight,
+            step,
+            mask if pattern is not None else None,
+            self._codes,
+            groups,
+            self._grad_scale,
+            self.slope_spec.gradient,
+        )
 
     @property
     def _grad_scale(self) -> float:

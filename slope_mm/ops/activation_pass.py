@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_mm.ops import fused
-from slope_mm.ops.quantization import Codes, positive
+from slope_mm.ops.quantization import Codes, positive, scaled_gradient
 from slope_mm.ops.selection import BLOCK, Scratch
 
 # Finite in fp32: times a gradient of zero it stays zero, which infinity does not.
@@ -48,10 +48,11 @@ def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     Returns:
         Tensor of ``x``'s shape and dtype; the arithmetic is fp32 or better.
     """
-    x, s = _dense(x), positive(step).reshape(1)
+    x = _dense(x)
     kernels = fused.activation_kernels(x)
     if kernels is not None:
-        return kernels.quantize_forward(x, s, codes)
+        return kernels.quantize_forward(x, step, codes)
+    s = positive(step).reshape(1)
     result = torch.empty_like(x)
     values, target = _flat(x), _flat(result)
     size = _block(x)
@@ -78,27 +79,31 @@ def _round(scaled: Tensor, codes: Codes) -> Tensor:
     return scaled
 
 
-def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+def quantize_backward(
+    grad: Tensor, x: Tensor, step: Tensor, codes: Codes, grad_scale: float
+) -> tuple[Tensor, Tensor]:
     """LSQ's gradients (arXiv 1902.08153).
 
     Args:
         grad: Gradient of the quantized values.
         x: The values before.
-        step: The step, one element.
+        step: The step, one element; its magnitude counts.
         codes: The code set.
+        grad_scale: Scale of the step's gradient.
 
     Returns:
         ``(grad_x, grad_step)``: ``grad`` where the clip range was not left, zero elsewhere, like
-        ``x``; and the step's, an fp64 scalar, before LSQ's scale.
+        ``x``; and like ``step``.
     """
-    x, s = _dense(x), positive(step).reshape(1)
+    x = _dense(x)
     result = torch.empty_like(x)
     if grad.stride() != result.stride():
         # In the order of x in memory.
         grad = torch.empty_like(result, dtype=grad.dtype).copy_(grad)
     kernels = fused.activation_kernels(x)
     if kernels is not None:
-        return kernels.quantize_backward(grad, x, s, codes)
+        return kernels.quantize_backward(grad, x, step, codes, grad_scale)
+    s = positive(step).reshape(1)
     values, upstream, target = _flat(x), _flat(grad), _flat(result)
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)
@@ -121,4 +126,4 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tu
         inside = torch.dot(passed.to(precision), scaled)
         _round(scaled, codes)
         total += torch.dot(arriving, scaled) - inside
-    return result, total
+    return result, scaled_gradient(total, step, grad_scale)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from slope_mm.ops import kernel_store
-from slope_mm.ops.quantization import Codes
+from slope_mm.ops.quantization import Codes, positive, scaled_gradient
 from slope_mm.ops.selection import BLOCK
-from slope_mm.ops.weight_pass import DENSE, Groups
+from slope_mm.ops.weight_pass import DENSE, Groups, step_gradient
 
 # A rank is counted by comparing with all members of a group.
 LARGEST_GROUP = 16
@@ -133,7 +133,7 @@ def forward_pass(
     groups = groups or DENSE
     kernel = _one('weight_forward', groups.m)
     member, scalars = _member(w.shape[1], groups), _scalars(codes, groups.n)
-    step = step.expand(w.shape[0], 1)
+    step = positive(step).reshape(-1, 1).expand(w.shape[0], 1)
     compressed, powers = torch.empty_like(w), w.new_empty(3, w.shape[0])
     for latent, where in _pieces(w, groups):
         targets = [compressed[where], *powers[:, where]]
@@ -152,16 +152,21 @@ def backward_pass(
     mask: None,
     groups: Groups | None,
     *,
+    powers: Tensor,
+    grad_scale: float,
     gradient: str,
     decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`slope_mm.ops.weight_pass.backward_pass`; finds mask and compressed weight again."""
+    """:func:`slope_mm.ops.weight_pass.backward_pass`; finds mask and compressed weight again.
+
+    The step's gradient is complete (:func:`slope_mm.ops.weight_pass.step_gradient`).
+    """
     groups = groups or DENSE
     kernel = _one('weight_backward', groups.m)
     member = _member(w.shape[1], groups)
     scalars = _scalars(codes, groups.n, gradient, decay)
     count = w.shape[0]
-    step = step.expand(count, 1)
+    s = positive(step).reshape(-1, 1)
     if grad is None:
         grad = torch.zeros_like(w)
     if grad_powers is None:
@@ -172,10 +177,11 @@ def backward_pass(
     for latent, where in _pieces(w, groups):
         targets = [grad_w[where], grad_step[where]]
         given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
-        by_row = [x[where].contiguous() for x in (step, by_latent, by_level)]
+        by_row = [x[where].contiguous() for x in (s.expand(count, 1), by_latent, by_level)]
         kernel([grad[where].contiguous(), *latent, member, *by_row, scalars, *given])
         _fill(targets, given)
-    return grad_w, grad_step.view(-1, 1)
+    complete = step_gradient(grad_step.view(-1, 1), step, s, grad_powers, powers, grad_scale)
+    return grad_w, complete
 
 
 def _fill(targets: list[Tensor], given: list[Tensor]) -> None:
@@ -194,16 +200,19 @@ def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     """:func:`slope_mm.ops.activation_pass.quantize_forward` of a dense tensor."""
     result = torch.empty_like(x)
     flat = [t.as_strided((t.numel(),), (1,)) for t in (x, result)]
-    _one('activation_forward', 1)([flat[0], step, _scalars(codes, 1), flat[1]])
+    s = positive(step).reshape(1)
+    _one('activation_forward', 1)([flat[0], s, _scalars(codes, 1), flat[1]])
     return result
 
 
-def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+def quantize_backward(
+    grad: Tensor, x: Tensor, step: Tensor, codes: Codes, grad_scale: float
+) -> tuple[Tensor, Tensor]:
     """:func:`slope_mm.ops.activation_pass.quantize_backward`; ``grad`` lies in memory as ``x``."""
     result = torch.empty_like(x)
     rows, length = _factors(x)
     flat = [t.as_strided((rows, length), (length, 1)) for t in (grad, x, result)]
     by_row = x.new_empty(rows)
-    steps = step.expand(rows, 1).contiguous()
+    steps = positive(step).reshape(1, 1).expand(rows, 1).contiguous()
     _one('activation_backward', 1)([*flat[:2], steps, _scalars(codes, 1), flat[2], by_row])
-    return result, by_row.sum(dtype=torch.float64)
+    return result, scaled_gradient(by_row.sum(dtype=torch.float64), step, grad_scale)

@@ -19,7 +19,14 @@ from slope_mm.errors import RecipeError, TensorError, nearest
 from slope_mm.ops import fused
 from slope_mm.ops.quantization import Codes, positive
 from slope_mm.ops.sparsity import NMPattern, require_finite
-from slope_mm.ops.weight_pass import Groups, as_rows, backward_pass, forward_pass, from_rows
+from slope_mm.ops.weight_pass import (
+    Groups,
+    as_rows,
+    backward_pass,
+    forward_pass,
+    from_rows,
+    step_gradient,
+)
 
 # How the gradient of the compressed weight reaches W.
 GRADIENTS = {
@@ -50,14 +57,15 @@ class Compress(torch.autograd.Function):
         sums: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        latent, s = as_rows(w, *axes), None if step is None else positive(step).reshape(-1, 1)
+        latent = as_rows(w, *axes)
         kept = None if mask is None else as_rows(mask, *axes)
         # Set by whoever does not hold the result: operators need not keep it either.
         ctx.let_go = False
         ctx.kernels = fused.weight_kernels(latent, codes, mask, groups, gradient)
         if ctx.kernels is not None:
-            rows, powers = ctx.kernels.forward_pass(latent, s, codes, kept, groups)
+            rows, powers = ctx.kernels.forward_pass(latent, step, codes, kept, groups)
         else:
+            s = None if step is None else positive(step).reshape(-1, 1)
             # A live mask is kept as rows; one that was given is somebody's already.
             rows, powers, kept = forward_pass(
                 latent, s, codes, kept, groups, sums=sums, keep_mask=any(ctx.needs_input_grad)
@@ -77,7 +85,6 @@ class Compress(torch.autograd.Function):
         grad, grad_powers = grads
         w, step, kept, compressed, powers = ctx.__dict__.pop('unpacked', None) or ctx.saved_tensors
         codes, groups, axes, grad_scale, gradient, decay = ctx.how
-        s = None if step is None else positive(step).reshape(-1, 1)
         rows: Tensor | None
         grad_step: Tensor | None
         upstream = None if grad is None else as_rows(grad, *axes)
@@ -86,16 +93,19 @@ class Compress(torch.autograd.Function):
                 upstream,
                 grad_powers,
                 as_rows(w, *axes),
-                s,
+                step,
                 codes,
                 kept,
                 groups,
+                powers=powers,
+                grad_scale=grad_scale,
                 gradient=gradient,
                 decay=decay,
             )
             rows = rows if ctx.needs_input_grad[0] else None
             grad_step = grad_step if ctx.needs_input_grad[1] else None
         else:
+            s = None if step is None else positive(step).reshape(-1, 1)
             rows, grad_step = backward_pass(
                 upstream,
                 grad_powers,
@@ -110,18 +120,9 @@ class Compress(torch.autograd.Function):
                 wants_weight=ctx.needs_input_grad[0],
                 wants_step=ctx.needs_input_grad[1],
             )
+            if grad_step is not None and s is not None:
+                grad_step = step_gradient(grad_step, step, s, grad_powers, powers, grad_scale)
         grad_w = None if rows is None else from_rows(rows, tuple(w.shape), *axes)
-        if grad_step is not None:
-            if grad_powers is not None:
-                # (code + offset) * step with the codes held fixed: the derivative of a product by
-                # the step is the product by the step.
-                exact = grad_powers[1] * powers[1] + 2 * grad_powers[2] * powers[2]
-                grad_step = grad_step + exact.unsqueeze(1) / s
-            if step.numel() == 1:
-                grad_step = grad_step.sum()
-            # positive() folds a negative step, and with it the derivative.
-            grad_step = grad_step.reshape(step.shape) * grad_scale
-            grad_step = (grad_step * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
         return grad_w, grad_step, *[None] * 8
 
     @staticmethod
@@ -133,8 +134,7 @@ class Compress(torch.autograd.Function):
         w, step, kept, _, _ = node.unpacked
         codes, groups, axes, *_ = node.how
         with torch.no_grad():
-            s = positive(step).reshape(-1, 1)
-            rows, _ = node.kernels.forward_pass(as_rows(w, *axes), s, codes, kept, groups)
+            rows, _ = node.kernels.forward_pass(as_rows(w, *axes), step, codes, kept, groups)
             return from_rows(rows, tuple(w.shape), *axes)
 
 

@@ -2,7 +2,7 @@
 
 Off unless asked for (``optim_wrapper.compile=True``, :func:`use_fused`): on a CPU the first use
 compiles for tens of seconds, which a short run does not earn back. On CUDA they are Triton's
-(:mod:`slope_mm.ops.triton_pass`), on a CPU those that ``torch.compile`` makes
+(:mod:`slope_mm.ops.triton_pass`), on a CPU those that AOTInductor makes
 (:mod:`slope_mm.ops.compiled_pass`).
 """
 
@@ -39,6 +39,15 @@ def fused_enabled() -> bool:
     return _enabled
 
 
+def saves_memory(weight: Tensor) -> bool:
+    """Whether a compressed weight is better made again for the backward than held.
+
+    On a CPU it is: its pages are the kernel's to clear. A GPU's step is long in memory that
+    activations take, and waits for Python.
+    """
+    return _enabled and weight.device.type == 'cpu'
+
+
 @contextmanager
 def fused(enabled: bool = True) -> Iterator[None]:
     """Scope in which the fused kernels are on (or off)."""
@@ -48,6 +57,11 @@ def fused(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         use_fused(before)
+
+
+def triton_enabled(x: Tensor) -> bool:
+    """Whether Triton's kernels are asked for, and to be had where a tensor is."""
+    return _enabled and not is_compiling() and _triton_runs(x)
 
 
 def _triton_runs(x: Tensor) -> bool:

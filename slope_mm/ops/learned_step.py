@@ -27,10 +27,8 @@ class QuantizeLSQ(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, step = ctx.__dict__.pop('unpacked', None) or ctx.saved_tensors
-        grad_x, total = quantize_backward(grads[0], x, step, ctx.codes)
-        # positive() folds a negative step, and with it the derivative.
-        folded = (total * ctx.grad_scale * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
-        return grad_x if ctx.needs_input_grad[0] else None, folded.reshape(step.shape), None, None
+        grad_x, grad_step = quantize_backward(grads[0], x, step, ctx.codes, ctx.grad_scale)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_step, None, None
 
     @staticmethod
     def again(node: Any) -> Tensor:

@@ -107,6 +107,21 @@ def positive(step: Tensor) -> Tensor:
     return step.detach().float().abs().clamp_min(SMALLEST_STEP)
 
 
+def scaled_gradient(gradient: Tensor, step: Tensor, scale: float) -> Tensor:
+    """A learned step's gradient from that of ``positive(step)``, times LSQ's scale.
+
+    Args:
+        gradient: Of as many elements as ``step``.
+        step: The learned step as it is: a negative one is folded, and with it the derivative.
+        scale: LSQ's.
+
+    Returns:
+        Tensor of ``step``'s shape and dtype.
+    """
+    scaled = gradient.reshape(step.shape) * scale
+    return (scaled * torch.where(step < 0, -1.0, 1.0)).to(step.dtype)
+
+
 def _scaled(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     """``x / step - offset`` in the step's precision or better: the values that are rounded."""
     if step.dim() == 0:

@@ -6,10 +6,12 @@ an output filter. The mean over all items of a model is L_reg.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slope_mm.errors import RecipeError, nearest
 
@@ -78,10 +80,59 @@ def regularize(name: str, powers: Sequence[Tensor], granularity: str = 'layer') 
         RecipeError: If the name or the granularity is unknown.
     """
     check_regularizer(name, granularity)
-    precise = [layer.double() for layer in powers]
+    rows = _joined(powers)
     if granularity == 'layer':
-        precise = [layer.sum(1, keepdim=True) for layer in precise]
-    return REGULARIZERS[name](torch.cat(precise, 1)).float()
+        counts = tuple(layer.shape[1] for layer in powers)
+        rows = _SumByLayer.apply(rows, counts)
+    return REGULARIZERS[name](rows).float()
+
+
+def _joined(powers: Sequence[Tensor]) -> Tensor:
+    """All layers' sums beside each other, in fp64."""
+    return (powers[0] if len(powers) == 1 else torch.cat(tuple(powers), 1)).double()
+
+
+# Values that are added up at once.
+_PIECE = 256
+
+
+@functools.lru_cache(64)
+def _places(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the sums by layer find their terms; a place behind the last one holds a zero.
+
+    Returns:
+        ``(pieces, layers, owner)``: the rows of each piece, ``[pieces, 256]``; the pieces of each
+        layer, ``[layers, ...]``; and the layer of each row.
+    """
+    total, first = sum(counts), 0
+    pieces: list[Tensor] = []
+    layers: list[list[int]] = []
+    for count in counts:
+        starts = range(first, first + count, _PIECE)
+        layers.append([len(pieces) + i for i in range(len(starts))])
+        pieces += [torch.arange(start, min(start + _PIECE, first + count)) for start in starts]
+        first += count
+    with torch.inference_mode(False):
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        by_piece = [nn.functional.pad(p, (0, _PIECE - len(p)), value=total) for p in pieces]
+        widest = max(map(len, layers))
+        by_layer = [own + [len(pieces)] * (widest - len(own)) for own in layers]
+        found = torch.stack(by_piece), torch.tensor(by_layer), owner
+        return tuple(index.to(device) for index in found)  # type: ignore[return-value]
+
+
+class _SumByLayer(torch.autograd.Function):
+    """Sums over each layer's rows, for all layers at once: few kernels, however many layers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.places = pieces, layers, _ = _places(counts, rows.device)
+        sums = nn.functional.pad(rows, (0, 1))[:, pieces].sum(2)
+        return nn.functional.pad(sums, (0, 1))[:, layers].sum(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(1, ctx.places[2]), None
 
 
 def cosine_distance(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slope_mm.ops.quantization import Codes
+from slope_mm.ops.quantization import Codes, scaled_gradient
 from slope_mm.ops.selection import Scratch, blocks, keep, kth_largest
 
 # Width of the soft mask's sigmoid relative to its group's threshold. At 1/4 a weight on the
@@ -216,6 +216,37 @@ def backward_pass(
         elif total.data_ptr() != grad_w[block].data_ptr():
             grad_w[block] = total
     return grad_w, grad_step
+
+
+def step_gradient(
+    by_row: Tensor,
+    step: Tensor,
+    s: Tensor,
+    grad_powers: Tensor | None,
+    powers: Tensor,
+    scale: float,
+) -> Tensor:
+    """The learned step's gradient from what :func:`backward_pass` says of each row.
+
+    Args:
+        by_row: ``[rows, 1]``, the task's part.
+        step: Learned steps as they are: one, or one a row.
+        s: The same as they are computed with, ``[rows, 1]`` or ``[1, 1]``.
+        grad_powers: Gradient of the sums, ``[3, rows]``; None for zero.
+        powers: The sums.
+        scale: LSQ's.
+
+    Returns:
+        Tensor of ``step``'s shape and dtype.
+    """
+    if grad_powers is not None:
+        # (code + offset) * step with the codes held fixed: the derivative of a product by the step
+        # is the product by the step.
+        exact = grad_powers[1] * powers[1] + 2 * grad_powers[2] * powers[2]
+        by_row = by_row + exact.unsqueeze(1) / s
+    if step.numel() == 1:
+        by_row = by_row.sum()
+    return scaled_gradient(by_row, step, scale)
 
 
 def soft_factor(rows: Tensor, groups: Groups) -> Tensor:

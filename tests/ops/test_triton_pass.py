@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,16 +33,21 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     from slope_mm.ops import triton_kernels, triton_pass
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    integers, numbers = {'rows', 'length', 'kernel', 'step_stride', 'count'}, {'low', 'high'}
-    numbers |= {'offset', 'decay'}
-    groups = dict(N=2, M=4, WIDTH=4, LANES=512, QUANTIZED=True, MASKED=False)
-    kernels = {
-        triton_kernels.forward_kernel: groups,
-        triton_kernels.backward_kernel: dict(groups, TASK=True, SUMS=True, GRADIENT='sr_ste'),
-        triton_kernels.quantize_kernel: dict(TILE=2048),
-        triton_kernels.quantize_backward_kernel: dict(TILE=2048),
-    }
-    for kernel, constants in kernels.items():
+    integers = {'rows', 'length', 'step_stride', 'powers_stride', 'count'}
+    numbers = {'low', 'high', 'offset', 'smallest', 'decay', 'grad_scale'}
+    groups = dict(N=2, M=4, LANES=512, QUANTIZED=True, MASKED=False)
+    backward = dict(TASK=True, SUMS=True, GRADIENT='sr_ste')
+    # 3x3 and 1x1 kernels, and a frozen mask.
+    layers = [dict(groups, KERNEL=9, WHOLE=False), dict(groups, KERNEL=1, WHOLE=True)]
+    layers.append(dict(groups, N=1, M=1, KERNEL=1, WHOLE=False, MASKED=True))
+    kernels: list[tuple[Any, dict[str, Any]]] = []
+    for layer in layers:
+        kernels.append((triton_kernels.forward_kernel, layer))
+        kernels.append((triton_kernels.backward_kernel, {**layer, **backward}))
+    kernels.append((triton_kernels.quantize_kernel, dict(TILE=1024)))
+    kernels.append((triton_kernels.quantize_backward_kernel, dict(TILE=1024, TILES=4)))
+    kernels.append((triton_kernels.step_gradient_kernel, dict(TILE=1024)))
+    for kernel, constants in kernels:
         types = {name: '*u8' if name == 'mask' else '*fp32' for name in kernel.arg_names}
         types.update(dict.fromkeys(integers & types.keys(), 'i32'))
         types.update(dict.fromkeys(numbers & types.keys(), 'fp32'))

@@ -10,11 +10,14 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slope_mm.convert import compressed_layers, convert
+from slope_mm.engine.optim_wrapper import SlopeOptimWrapper
 from slope_mm.ops import (
     NMPattern,
     activation_codes,
+    compress_many,
     compress_with_powers,
     lsq_quantize,
     mse_init_step,
@@ -130,3 +133,59 @@ def test_same_activations(signed: bool, dtype: torch.dtype) -> None:
                 y.backward(upstream)
             results.append([y.detach(), values.grad, step.grad])
         assert_same(*results, 1e-5)
+
+
+def mixed_net() -> nn.Module:
+    """Layers that are compressed together, and some that are not: 2 x 2 kernels are transposed."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 1),
+        nn.Conv2d(12, 8, 3, padding=1),
+        nn.ConvTranspose2d(8, 8, 2, stride=2),
+        nn.Conv2d(8, 8, 1),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 4),
+        nn.Linear(4, 4),
+    ).to(DEVICE)
+    convert(net, dict(weight=dict(sparsity='2:4', bits=3), activation=dict(bits=4)))
+    return net
+
+
+@pytest.mark.parametrize('hold', [False, True])
+def test_a_model_trains_as_by_plain_passes(monkeypatch: pytest.MonkeyPatch, hold: bool) -> None:
+    """Losses and gradients of three steps; the last layer does not run in the second."""
+    monkeypatch.setattr(compress_many, 'BUNDLE', 200)
+    results = []
+    for enabled in (False, True):
+        net = mixed_net()
+        layers = compressed_layers(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        wrapper = SlopeOptimWrapper(optimizer, regularizer=dict(type='cosine', weight=0.5))
+        net[2].requires_grad_(False)
+        for layer in layers.values() if hold else ():
+            layer.hold_mask()
+        seen = []
+        for step in range(3):
+            with fused(enabled), wrapper.optim_context(net):
+                together = [n for n, layer in layers.items() if layer._shared is not None]
+                assert bool(together) == enabled
+                y = net[:-1](normal(2, 3, 4, 4, seed=step))
+                y = y if step == 1 else net[-1](y)
+                loss = y.square().mean()
+                regularization = wrapper.regularizer(layers.values())
+                wrapper.zero_grad()
+                wrapper._end_step()
+                with fused(enabled):
+                    (loss + regularization).backward()
+            # Nothing lives on that a layer's next step would find.
+            assert all(layer._shared is None for layer in layers.values())
+            seen += [loss.detach(), regularization.detach()]
+            seen += [torch.zeros(()) if p.grad is None else p.grad for p in net.parameters()]
+            optimizer.step()
+        results.append(seen)
+        if enabled:
+            assert {'0', '2', '3', '5', '7', '8'} == set(together)
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
