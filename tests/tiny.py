@@ -26,6 +26,9 @@ import slope_mm
 from slope_mm.datasets.shapes import ShapesPaths
 
 ROOT = Path(__file__).parents[1]
+# conftest.py hides GPUs unless asked not to; some torch still call CUDA available then.
+HAS_CUDA = torch.cuda.device_count() > 0
+NEEDS_CUDA = 'needs a CUDA GPU, and SLOPE_TESTS_ON=cuda in the environment'
 IMAGE_SIZE = 64
 SLOPE = 'mask_rcnn_r18_shapes_slope_w4a4'
 TOY_RECIPE = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))

@@ -22,6 +22,8 @@ def kernel_times(
 ) -> dict[str, Spread]:
     """Seconds a call in which kernels, copies and fills keep the GPU busy, by its profiler.
 
+    Copies from and to the host are left out: they take what the bus has left.
+
     Args:
         arms: Name to what is measured.
         rounds: Measurements of each arm; the arms take turns.
@@ -41,7 +43,7 @@ def kernel_times(
     events = sorted(
         (event.start_ns(), event.duration_ns())
         for event in recorded.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA
+        if event.device_type() == DeviceType.CUDA and not _crosses_the_bus(event.name())
     )
     starts = [start for start, _ in events]
     found: dict[str, list[float]] = {name: [] for name in arms}
@@ -49,6 +51,10 @@ def kernel_times(
         own = events[bisect.bisect_left(starts, start) : bisect.bisect_right(starts, end)]
         found[name].append(1e-9 * sum(duration for _, duration in own) / calls)
     return {name: Spread.of(values) for name, values in found.items()}
+
+
+def _crosses_the_bus(name: str) -> bool:
+    return name.startswith(('Memcpy HtoD', 'Memcpy DtoH'))
 
 
 def memory_bandwidth(device: str) -> float:

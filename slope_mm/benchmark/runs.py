@@ -44,10 +44,20 @@ def _steps(args: Namespace, config: Config) -> dict[str, detectors.TrainingStep]
 
 
 def train(args: Namespace, progress: Progress) -> Result:
-    """Training steps in turn; the first arm is the baseline."""
+    """Training steps in turn; the first arm is the baseline.
+
+    On a GPU also how long its kernels are busy: the rest of a step waits for Python.
+    """
     steps = _steps(args, _read(args.config))
     timings = interleave(steps, args.rounds, progress=progress)
-    return timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch), []
+    rows = timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch)
+    if torch.device(args.device).type == 'cuda':
+        spreads = kernel_times(steps, 3, calls=1)
+        least = spreads[args.arms[0]].median
+        for row in rows:
+            busy = spreads[row['arm']].median
+            row.update(kernels_ms=1e3 * busy, kernels_ratio=busy / least)
+    return rows, []
 
 
 def evaluate(args: Namespace, progress: Progress) -> Result:

@@ -22,6 +22,7 @@ from slope_mm.errors import ConfigError
 from slope_mm.layers import STOCK_KINDS, CompressedLayer
 from slope_mm.layers.sharing import compress_together
 from slope_mm.ops import fused
+from slope_mm.ops.tracing import left_out
 
 # Per update. Weights move by about a percent in an update of AdamW at 5e-4; steps may not outrun
 # them.
@@ -88,12 +89,12 @@ class RegularizedOptimWrapper(OptimWrapper):
         *args: Any,
         regularizer: Mapping[str, Any] | None = None,
         step_limit: float = STEP_LIMIT,
-        compile: bool = False,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if compile:
-            fused.use_fused(True)
+        if compile is not None:
+            fused.use_fused(compile)
         if regularizer is None:
             raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))
@@ -194,13 +195,15 @@ class RegularizedOptimWrapper(OptimWrapper):
         factor = self._loss_factor()
         sums = self.regularizer.gradient == 'exact' and self.regularizer.active
         again = self.regularizer.gradient == 'ste' and self.regularizer.active
+        # A layer that ran once will do so again. Heads that levels share run several times, and so
+        # do layers under activation checkpointing, whose second run needs a graph of its own.
+        once = [layer for layer in self._layers if layer.runs == 1]
         for layer in self._layers:
-            # A layer that ran once will do so again; heads that levels share run several times.
-            once = layer.runs == 1 and not again and fused.saves_memory(layer.weight)
-            layer.begin_sharing(sums, let_go=once)
-            layer.runs, layer.loss_factor = 0, factor
-        if fused.fused_enabled():
-            compress_together(self._layers)
+            let_go = layer.runs == 1 and not again and fused.saves_memory(layer.weight)
+            layer.begin_sharing(sums, let_go=let_go)
+            layer.__dict__.update(runs=0, loss_factor=factor)
+        if once and fused.triton_enabled(once[0].weight):
+            compress_together(once)
         module.slope_in_step = True  # type: ignore[assignment]
 
     def _end_step(self) -> None:
@@ -254,10 +257,10 @@ def _leave_uncompiled() -> None:
     a step begins and the compiler is there, as the decorator would import the whole of it.
     """
     for owner in STOCK_KINDS:
-        owner.forward = torch.compiler.disable(owner.forward)
-    FirstBatchCalibration.__call__ = torch.compiler.disable(FirstBatchCalibration.__call__)  # type: ignore[method-assign]
+        owner.forward = left_out(owner.forward)
+    FirstBatchCalibration.__call__ = left_out(FirstBatchCalibration.__call__)  # type: ignore[method-assign]
     for name in ('_begin_step', 'update_params'):
-        whole = torch.compiler.disable(getattr(RegularizedOptimWrapper, name))
+        whole = left_out(getattr(RegularizedOptimWrapper, name))
         setattr(RegularizedOptimWrapper, name, whole)
 
 
@@ -302,10 +305,10 @@ class SlopeOptimWrapperConstructor:
             Defaults to ``'DefaultOptimWrapperConstructor'``.
         step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
         step_limit: Largest relative change of a step in one update. Defaults to 0.005.
-        compile: Compress through fused kernels, which take less time, and hold no compressed
-            weight between a layer's forward and backward: on a CPU those that torch compiles ahead
-            of time, once on a machine, for about a minute (docs/performance.md); on CUDA Triton's.
-            Defaults to False.
+        compile: Compress through fused kernels (docs/performance.md). On CUDA they are Triton's,
+            and used unless this is False. On a CPU torch compiles them ahead of time, once on a
+            machine, for about a minute; they are used if this is True, and hold no compressed
+            weight between a layer's forward and backward. Defaults to None, as each device has it.
 
     Steps get no weight decay: it would pull every level towards zero.
     """
@@ -328,7 +331,7 @@ class SlopeOptimWrapperConstructor:
         elif kind is AmpOptimWrapper:
             # mmengine's own, which its --amp flag writes, cannot be built without an accelerator.
             cfg.update(type=SlopeAmpOptimWrapper, regularizer=given)
-        fused.use_fused(bool(cfg.pop('compile', False)))
+        fused.use_fused(cfg.pop('compile', None))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(

@@ -59,11 +59,18 @@ _AGAIN: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
+_NOTHING = nullcontext()
+
+
 def _comes_again(x: Tensor) -> bool:
     """Whether the backward pass may compute a tensor once more instead of finding it kept."""
     node: Any = x.grad_fn
     kind = type(node).__name__
-    return kind in _AGAIN and (kind != f'{Compress.__name__}Backward' or node.let_go)
+    return (
+        node is not None
+        and kind in _AGAIN
+        and (kind != f'{Compress.__name__}Backward' or node.let_go)
+    )
 
 
 def kept_as_recipe(*tensors: Tensor) -> AbstractContextManager[Any]:
@@ -78,11 +85,10 @@ def kept_as_recipe(*tensors: Tensor) -> AbstractContextManager[Any]:
         *tensors: What :func:`quantize_activation` returned, and compressed weights; anything else
             is left alone.
     """
-    nodes = {
-        (x.untyped_storage().data_ptr(), x.dtype): x.grad_fn for x in tensors if _comes_again(x)
-    }
-    if not nodes or is_compiling():
-        return nullcontext()
+    again = [x for x in tensors if _comes_again(x)]
+    if not again or is_compiling():
+        return _NOTHING
+    nodes = {(x.untyped_storage().data_ptr(), x.dtype): x.grad_fn for x in again}
 
     def pack(tensor: Tensor) -> Tensor | _Again:
         node = nodes.get((tensor.untyped_storage().data_ptr(), tensor.dtype))
@@ -250,7 +256,8 @@ class QuantizedInput(nn.Module):
         """Notes that the layer's weight is about to be used."""
         # Activation checkpointing runs a training forward without gradients first.
         if self.training or torch.is_grad_enabled():
-            self.runs += 1
+            # Past nn.Module's __setattr__, which looks at what each value is.
+            self.__dict__['runs'] += 1
 
     def quantized_input(self, x: Tensor, which: int = 0) -> Tensor:
         """An input as the layer sees it.
@@ -263,10 +270,14 @@ class QuantizedInput(nn.Module):
             x: The input.
             which: Its number.
         """
-        _refuse_tracing(x)
+        if type(x) is not Tensor:
+            _refuse_tracing(x)
         self.count_run()
         bits = self.slope_spec.activation_bits
-        if bits is None or self.slope_act_step is None:
+        if bits is None:
+            return x
+        step: Tensor | None = self.slope_act_step
+        if step is None:
             return x
         if self._observers:
             self._observers[which].observe(x)
@@ -284,7 +295,6 @@ class QuantizedInput(nn.Module):
             if self._act_states[which] == UNCALIBRATED:
                 return x
         codes = activation_codes(bits, self._act_states[which] == SIGNED)
-        step: Tensor = self.slope_act_step
         if self.inputs > 1:
             # A copy: calibrating the next input writes to the parameter before the backward pass.
             step = step[which : which + 1].clone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ _OWN_ATTRIBUTES = (
     '_step_ready',
     '_placeholder',
     '_act_states',
+    '_many',
     '_shared',
     '_sharing',
     '_sums',
@@ -87,6 +89,7 @@ class CompressedLayer(SavedState):
         self._step_ready = False
         self._placeholder = None
         self._act_states = [UNCALIBRATED] * self.inputs
+        self._many: tuple[tuple[Any, ...], Many | None] | None = None
         self._shared = None
         self._sharing = False
         # Recomputation in a backward pass has to repeat what the forward did: outlives a scope.
@@ -212,17 +215,18 @@ class CompressedLayer(SavedState):
 
     def _compressed(self, sums: bool) -> tuple[Tensor | None, Tensor]:
         """The sums if they are wanted, else the weight; the other one comes along where it is."""
-        wants_grad = torch.is_grad_enabled() and self.weight.requires_grad
+        weight = self.weight
+        wants_grad = torch.is_grad_enabled() and weight.requires_grad
         shared = self._shared if self._sharing else None
         if shared is not None and shared.serves(wants_grad, sums):
             return shared.outputs(wants_grad)
         sums = sums or (self._sums and wants_grad)
         pattern, mask = self._pattern_now, self.slope_mask
         fused = isinstance(pattern, NMPattern) and self.slope_spec.order == 's_then_q'
-        finite = self.weight.device.type == 'cpu'
+        finite = weight.device.type == 'cpu'
         if mask is None and not fused:
             mask = self.live_mask(check_finite=finite)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(weight.device.type, enabled=False):
             compressed, powers = compress_with_powers(
                 self.latent_weight(),
                 self.step,
@@ -247,16 +251,25 @@ class CompressedLayer(SavedState):
 
         None where it has to be compressed on its own.
         """
+        # Asked before every step: what it depends on is compared by identity.
+        now = self.weight, self.step, self.slope_mask, self._pattern_now, self.slope_spec
+        known = self._many
+        if known is None or any(a is not b for a, b in zip(known[0], now, strict=True)):
+            known = self.__dict__['_many'] = now, self._make_one_of_many()
+        one = known[1]
+        fits = one is not None and many_fit(one.weight, one.mask, one.gradient)
+        return one if fits else None
+
+    def _make_one_of_many(self) -> Many | None:
         pattern, mask, step = self._pattern_now, self.slope_mask, self.step
         if self._codes is None or step is None or step.numel() != self.weight.shape[0]:
             return None
-        plain = type(self).latent_weight is CompressedLayer.latent_weight
-        axes = (self.output_axis, self.input_axis) == (0, 1)
-        live = mask is None and pattern is not None
-        if not (plain and axes and many_fit(self.weight, mask, self.slope_spec.gradient)):
+        if type(self).latent_weight is not CompressedLayer.latent_weight:
+            return None
+        if (self.output_axis, self.input_axis) != (0, 1):
             return None
         groups = None
-        if live:
+        if mask is None and pattern is not None:
             if not isinstance(pattern, NMPattern) or self.slope_spec.order != 's_then_q':
                 return None
             groups = Groups(pattern.n, pattern.m, math.prod(self.weight.shape[2:]))

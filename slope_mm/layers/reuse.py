@@ -75,6 +75,10 @@ class WeightReuse:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a forward: keeps the compressed weights if they are still right."""
+        if getattr(model, 'slope_in_step', False):
+            # A training step's scope; modules need not be looked through.
+            self._open.append([])
+            return
         layers = [m for m in model.modules() if isinstance(m, CompressedLayer) and m.changes_weight]
         if is_compiling() or torch.jit.is_tracing() or not layers:
             layers = []

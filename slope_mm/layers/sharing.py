@@ -83,9 +83,11 @@ class SharedWeightScope(nn.Module):
             keep: Go on with what an earlier scope kept; it has to be right still.
             let_go: Whether the weight need not be held between its uses.
         """
+        # Past nn.Module's __setattr__, which looks at what each value is: ten times the price.
+        state = self.__dict__
         if not keep:
-            self._shared = None
-        self._sharing, self._sums, self._let_go = True, sums, let_go
+            state['_shared'] = None
+        state['_sharing'], state['_sums'], state['_let_go'] = True, sums, let_go
 
     def end_sharing(self, keep: bool = False) -> None:
         """Closes the sharing scope and lets go of the compressed weight and its graph.
@@ -93,9 +95,10 @@ class SharedWeightScope(nn.Module):
         Args:
             keep: Hold on to the weight for a scope that begins with ``keep``.
         """
+        state = self.__dict__
         if not keep:
-            self._shared = None
-        self._sharing = False
+            state['_shared'] = None
+        state['_sharing'] = False
 
 
 @contextmanager
@@ -125,4 +128,4 @@ def compress_together(layers: Iterable[CompressedLayer]) -> None:
                 pairs = [own[index] for index in bundle]
                 compressed, powers = compress_many([one for _, one in pairs])
                 for (layer, _), weight, sums in zip(pairs, compressed, powers, strict=True):
-                    layer._shared = SharedWeight(weight, sums, sums=True)
+                    layer.__dict__['_shared'] = SharedWeight(weight, sums, sums=True)

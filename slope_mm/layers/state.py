@@ -14,7 +14,12 @@ from slope_mm.layers.sharing import SharedWeightScope
 from slope_mm.layers.spec import LayerSpec
 
 # What a copy starts without: the state of a running step or of a calibration.
-_TRANSIENT: dict[str, Any] = {'_shared': None, '_sharing': False, '_observers': []}
+_TRANSIENT: dict[str, Any] = {
+    '_many': None,
+    '_shared': None,
+    '_sharing': False,
+    '_observers': [],
+}
 
 
 class SavedState(SharedWeightScope, QuantizedInput):

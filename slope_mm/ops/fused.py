@@ -1,9 +1,10 @@
 """Whether fused kernels take the place of the plain passes, and which.
 
-Off unless asked for (``optim_wrapper.compile=True``, :func:`use_fused`): on a CPU the first use
-compiles for tens of seconds, which a short run does not earn back. On CUDA they are Triton's
-(:mod:`slope_mm.ops.triton_pass`), on a CPU those that AOTInductor makes
-(:mod:`slope_mm.ops.compiled_pass`).
+On CUDA they are Triton's (:mod:`slope_mm.ops.triton_pass`), and used where Triton works: the plain
+passes ask for forty small kernels where these ask for one. On a CPU they are those that AOTInductor
+makes (:mod:`slope_mm.ops.compiled_pass`), and used where they are asked for: their first use
+compiles for tens of seconds, which a short run does not earn back. ``optim_wrapper.compile`` and
+:func:`use_fused` decide otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -24,19 +26,22 @@ from slope_mm.ops.weight_pass import Groups
 
 # A soft mask's gradient needs whole groups at once.
 TRITON_GRADIENTS = ('ste', 'sr_ste', 'masked')
+# Its language has tuples.
+OLDEST_TRITON = (3, 3)
 
-_enabled = False
+# None: each device's default.
+_enabled: bool | None = None
 
 
-def use_fused(enabled: bool) -> None:
-    """Turns the fused kernels on or off for this process."""
+def use_fused(enabled: bool | None) -> None:
+    """Turns the fused kernels on or off for this process; None is each device's default."""
     global _enabled
-    _enabled = bool(enabled)
+    _enabled = None if enabled is None else bool(enabled)
 
 
-def fused_enabled() -> bool:
-    """Whether fused kernels are asked for."""
-    return _enabled
+def fused_enabled(x: Tensor) -> bool:
+    """Whether fused kernels are to be used where a tensor is, if they can be had."""
+    return x.is_cuda if _enabled is None else _enabled
 
 
 def saves_memory(weight: Tensor) -> bool:
@@ -45,12 +50,12 @@ def saves_memory(weight: Tensor) -> bool:
     On a CPU it is: its pages are the kernel's to clear. A GPU's step is long in memory that
     activations take, and waits for Python.
     """
-    return _enabled and weight.device.type == 'cpu'
+    return weight.device.type == 'cpu' and fused_enabled(weight)
 
 
 @contextmanager
-def fused(enabled: bool = True) -> Iterator[None]:
-    """Scope in which the fused kernels are on (or off)."""
+def fused(enabled: bool | None = True) -> Iterator[None]:
+    """Scope in which the fused kernels are on, or off, or as each device has them (None)."""
     before = _enabled
     use_fused(enabled)
     try:
@@ -61,16 +66,34 @@ def fused(enabled: bool = True) -> Iterator[None]:
 
 def triton_enabled(x: Tensor) -> bool:
     """Whether Triton's kernels are asked for, and to be had where a tensor is."""
-    return _enabled and not is_compiling() and _triton_runs(x)
+    return fused_enabled(x) and not is_compiling() and _triton_runs(x)
 
 
 def _triton_runs(x: Tensor) -> bool:
-    """Whether Triton is there, and the tensor where it computes (its interpreter takes any)."""
+    """Whether Triton computes where the tensor is (its interpreter does anywhere)."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False
-    if not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
+    if x.is_cuda:
+        return _has_triton() and _works_on(x.device)
+    return os.environ.get('TRITON_INTERPRET') == '1' and _has_triton()
+
+
+@functools.cache
+def _works_on(device: torch.device) -> bool:
+    """Whether a GPU is one that Triton compiles for, and what it needs to compile is there."""
+    from slope_mm.ops import triton_pass
+
+    try:
+        triton_pass.try_out(device)
+    except Exception as problem:
+        warnings.warn(
+            f'the Triton kernels do not run on {torch.cuda.get_device_name(device)}'
+            f' ({type(problem).__name__}: {problem}); the plain passes do the work, and take'
+            ' longer; optim_wrapper.compile=False says that this is meant',
+            stacklevel=2,
+        )
         return False
-    return _has_triton()
+    return True
 
 
 @functools.cache
@@ -81,7 +104,8 @@ def _has_triton() -> bool:
     # The distribution has other names beside nightly builds of torch.
     import triton
 
-    return int(triton.__version__.partition('.')[0]) >= 3
+    version = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    return version >= OLDEST_TRITON
 
 
 def weight_kernels(
@@ -91,7 +115,7 @@ def weight_kernels(
 
     None stands for the plain ones of :mod:`slope_mm.ops.weight_pass`, which know every case.
     """
-    if not _enabled or is_compiling():
+    if not fused_enabled(rows) or is_compiling():
         return None
     if _triton_runs(rows) and gradient in TRITON_GRADIENTS:
         from slope_mm.ops import triton_pass
@@ -105,7 +129,7 @@ def weight_kernels(
 
 def activation_kernels(x: Tensor) -> ModuleType | None:
     """The module whose ``quantize_forward`` and ``quantize_backward`` are to be used, or None."""
-    if not _enabled or is_compiling():
+    if not fused_enabled(x) or is_compiling():
         return None
     if _triton_runs(x):
         from slope_mm.ops import triton_pass

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
@@ -13,3 +17,18 @@ def is_compiling() -> bool:
     """
     question = getattr(torch.compiler, 'is_compiling', None)
     return question is not None and bool(question())
+
+
+def left_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, into which torch.compile does not look.
+
+    ``torch.compiler.disable`` alone asks the compiler at every call, also where nothing is
+    compiled: as much as a small layer takes.
+    """
+    aside = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return aside(*args, **kwargs) if is_compiling() else function(*args, **kwargs)
+
+    return call

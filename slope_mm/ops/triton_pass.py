@@ -64,6 +64,18 @@ def code_range(codes: Codes | None) -> dict[str, float]:
     return dict(low=low, high=high, offset=codes.offset, smallest=SMALLEST_STEP)
 
 
+def try_out(device: torch.device) -> None:
+    """Runs a kernel, for what it raises where Triton cannot compile.
+
+    Raises:
+        RuntimeError: If the kernel computes something else.
+    """
+    x = torch.tensor([-1.0, 0.3, 0.6, 9.0], device=device)
+    found = quantize_forward(x, x.new_ones(1), Codes(2, -1, 1, 0.0)).tolist()
+    if found != [-1.0, 0.0, 1.0, 1.0]:
+        raise RuntimeError(f'rounding {x.tolist()} gave {found}')
+
+
 def forward_pass(
     w: Tensor,
     step: Tensor | None,

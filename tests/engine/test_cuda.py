@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from wrapper_cases import gradients_at_step, wrapper_of
 import slope_mm
 from slope_mm.ops.fused import fused
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+pytestmark = pytest.mark.skipif(not tiny.HAS_CUDA, reason=tiny.NEEDS_CUDA)
 
 RECIPE = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))
 

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,7 +116,7 @@ def test_convolutions_become_rows_and_back(layer: nn.Conv2d) -> None:
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    not tiny.HAS_CUDA or torch.cuda.get_device_capability() < (8, 0),
     reason='the kernels need a CUDA GPU of compute capability 8.0 or newer',
 )
 def test_kernels_compute_what_the_dense_layers_compute() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def test_nothing_of_a_step_stays_alive_after_it() -> None:
     assert all(vars(layer)['_shared'] is None for layer in layers)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.skipif(not tiny.HAS_CUDA, reason=tiny.NEEDS_CUDA)
 def test_a_steady_step_never_waits_for_the_device() -> None:
     model, x = chain(4).cuda(), torch.randn(2, 16, 32, 32, device='cuda')
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 CASES = Path(__file__).with_name('triton_cases.py')
-NEEDED = "needs Triton 3, which is made for Linux's x86-64 and a torch that takes it"
+NEEDED = "needs Triton 3.3, which is made for Linux's x86-64 and a torch that takes it"
 
 
 def test_the_kernels_in_a_process_that_interprets_them() -> None:
     """A process of its own: Triton decides when it is imported."""
-    pytest.importorskip('triton', '3', reason=NEEDED)
+    pytest.importorskip('triton', '3.3', reason=NEEDED)
     environment = dict(os.environ, TRITON_INTERPRET='1')
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -26,7 +26,7 @@ def test_the_kernels_in_a_process_that_interprets_them() -> None:
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code, which needs no GPU: the interpreter accepts what the compiler refuses."""
-    triton = pytest.importorskip('triton', '3', reason=NEEDED)
+    triton = pytest.importorskip('triton', '3.3', reason=NEEDED)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
