@@ -44,11 +44,16 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     for layer in layers:
         kernels.append((triton_kernels.forward_kernel, layer))
         kernels.append((triton_kernels.backward_kernel, {**layer, **backward}))
+        many = {k: v for k, v in layer.items() if k != 'QUANTIZED'} | dict(ALIGNED=True)
+        kernels.append((triton_kernels.forward_many_kernel, many))
+        many = many | dict(SUMS=True, GRADIENT='ste')
+        kernels.append((triton_kernels.backward_many_kernel, many))
     kernels.append((triton_kernels.quantize_kernel, dict(TILE=1024)))
     kernels.append((triton_kernels.quantize_backward_kernel, dict(TILE=1024, TILES=4)))
     kernels.append((triton_kernels.step_gradient_kernel, dict(TILE=1024)))
     for kernel, constants in kernels:
-        types = {name: '*u8' if name == 'mask' else '*fp32' for name in kernel.arg_names}
+        known = dict(mask='*u8', table='*i64', owner='*i32')
+        types = {name: known.get(name, '*fp32') for name in kernel.arg_names}
         types.update(dict.fromkeys(integers & types.keys(), 'i32'))
         types.update(dict.fromkeys(numbers & types.keys(), 'fp32'))
         types.update(dict.fromkeys(constants, 'constexpr'))
