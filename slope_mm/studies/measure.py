@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import threading
@@ -151,6 +153,38 @@ def _operations(model: nn.Module, config: Config) -> dict[str, float]:
     model.eval()
     counted = count_operations(model, lambda: model.test_step(collate([dataset[0]])))  # type: ignore[operator]
     return {'gmacs': counted.macs / 1e9, 'gbops': counted.bops / 1e9}
+
+
+def weights_digest(checkpoint: str | os.PathLike[str]) -> str:
+    """Names the weights in a checkpoint, whatever else is in the file.
+
+    Args:
+        checkpoint: A Runner's checkpoint or a plain state dict.
+
+    Returns:
+        The first 12 hex digits of the SHA-256 of all tensors of the state dict, buffers too: name,
+        dtype, shape and bytes, in the order of their names.
+
+    Raises:
+        SlopeError: If there is no such file or it is no checkpoint.
+    """
+    loaded = load_checkpoint_file(checkpoint)
+    state = loaded.get('state_dict', loaded)
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+            content = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+            digest.update(content.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def start_digest(trial: Trial) -> str | None:
+    """Digest of the weights that a trial starts from; None from scratch, or from a web address."""
+    start = trial.config.get('load_from')
+    there = start is not None and Path(start).expanduser().is_file()
+    return weights_digest(start) if there else None
 
 
 def keep_weights(checkpoint: Path, target: Path) -> None:

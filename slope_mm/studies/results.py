@@ -22,7 +22,10 @@ class Results:
         study: Name of the study file.
         rows: One dict a finished trial: ``task``, ``arm``, ``seed``, metrics, ``config_hash``,
             ``versions``, ``machine``, ``wall_s``, the arm's treatment, cosine, size, curves.
-        starts: The same of the dense models that arms start from.
+            ``start_digest`` names the weights of its start; older rows lack it, and it is None
+            where it is unknown.
+        starts: The same of the dense models that arms start from; ``start_digest`` is that of
+            their own weights.
         failed: ``task``, ``arm``, ``seed``, ``error``, ``log`` of trials that failed.
         skipped: ``task`` and ``reason`` of tasks that cannot run here.
         interplay: Rows of :class:`~slope_mm.analysis.interplay.LayerErrors` with their ``task``.

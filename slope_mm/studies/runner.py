@@ -23,8 +23,10 @@ from slope_mm.studies.measure import (
     machine,
     measured,
     metrics_of,
+    start_digest,
     treatment,
     versions,
+    weights_digest,
 )
 from slope_mm.studies.processes import Interrupted, Launcher, Processes, progress_of
 from slope_mm.studies.progress import Estimator, ProgressLine, clock, remaining_seconds
@@ -33,6 +35,7 @@ from slope_mm.studies.trials import RESULT, Trial, length
 
 CONFIG = 'config.py'
 SECONDS = 'seconds.json'
+BEGAN_FROM = 'start_digest.json'
 LOCK = '.lock'
 POLL_S = 1.0
 
@@ -88,6 +91,9 @@ class Runner:
     def _train(self, trial: Trial, config: Path, environment: dict[str, str], lock: int) -> None:
         steps, unit = length(trial.config)
         last = find_latest_checkpoint(str(trial.folder))
+        if last is None:
+            # Now: a start that is trained anew later is not what this trial began from.
+            write_text(trial.folder / BEGAN_FROM, json.dumps(start_digest(trial)) + '\n')
         if last is None or Path(last).name != f'{unit}_{steps}.pth':
 
             def watch(line: str) -> None:
@@ -115,12 +121,21 @@ class Runner:
             **treatment(trial.arm),
             'curves': curves_of(trial.folder),
             'config_hash': trial.key,
+            'start_digest': self._digest(trial),
             'schedule_hash': trial.schedule_key,
             **self.facts,
             'wall_s': round(sum(spent.values()), 1),
             'train_s': round(spent.get('train', 0.0), 1),
             'test_s': round(spent.get('test', 0.0), 1),
         }
+
+    @staticmethod
+    def _digest(trial: Trial) -> str | None:
+        """The digest of a trial's start, or of its own weights if it is one; None if unknown."""
+        if trial.arm is None:
+            return weights_digest(trial.weights)
+        path = trial.folder / BEGAN_FROM
+        return json.loads(path.read_text()) if path.exists() else None
 
     def _weighed(self, trial: Trial, row: dict[str, Any]) -> dict[str, Any]:
         """A row from before files could be written gets its file's length."""

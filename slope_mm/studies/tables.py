@@ -100,7 +100,7 @@ def table_lines(study: Study, table: Table, task: Task, results: Results) -> lis
             '',
             f'{MARK} start, schedule, optimizer or data differ from those of {table.against}.',
         ]
-    return lines
+    return lines + start_lines(task, arms, results)
 
 
 def comparison_lines(table: Comparison, task: Task, results: Results) -> list[str]:
@@ -129,7 +129,34 @@ def comparison_lines(table: Comparison, task: Task, results: Results) -> list[st
     if not lines:
         return []
     note = ['', f'{MARK} start, schedule, optimizer or data differ.'] if marked else []
+    arms = list(dict.fromkeys(name for pair in table.pairs for name in pair))
+    note += start_lines(task, arms, results)
     return [_row(header), '|' + '---|' * len(header), *lines, *note]
+
+
+def start_lines(task: Task, arms: Sequence[str], results: Results) -> list[str]:
+    """One line if rows of a table that should share a start began from different weights.
+
+    Each seed is looked at by itself where each has a start of its own. Rows that do not say what
+    they began from are left out.
+    """
+    per_seed = task.start is not None and task.start.per_seed
+    found: dict[int | None, dict[str, dict[str, list[int]]]] = {}
+    for name in arms:
+        for row in results.of(task.name, name):
+            if digest := row.get('start_digest'):
+                group = found.setdefault(row['seed'] if per_seed else None, {})
+                group.setdefault(digest, {}).setdefault(name, []).append(row['seed'])
+    groups = [
+        f'{digest} under '
+        + ', '.join(f'{name} ({", ".join(map(str, seeds))})' for name, seeds in by_arm.items())
+        for by_digest in found.values()
+        if len(by_digest) > 1
+        for digest, by_arm in by_digest.items()
+    ]
+    if not groups:
+        return []
+    return ['', f'The weights of the starts differ, by arm and (seeds): {"; ".join(groups)}.']
 
 
 def threshold_lines(study: Study, task: Task, results: Results) -> list[str]:

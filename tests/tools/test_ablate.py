@@ -16,6 +16,8 @@ import pytest
 import tiny
 from mmengine.config import Config
 
+from slope_mm.studies.measure import weights_digest
+
 ARMS = """
 _w4 = dict(weight=dict(sparsity='2:4', bits=4))
 arms = [
@@ -96,7 +98,7 @@ def kill_after_an_epoch(study: Path) -> str:
 
 
 def test_a_study_from_its_interruption_to_its_report(
-    study: Path, ablate: Callable[..., tuple[int, str, str]]
+    study: Path, ablate: Callable[..., tuple[int, str, str]], dense_run: tiny.Run
 ) -> None:
     out = study.parent / 'tiny_study'
     # Killed after the first of two epochs.
@@ -117,6 +119,8 @@ def test_a_study_from_its_interruption_to_its_report(
     assert (row['sparsity'], row['bits'], row['lambda']) == ('2:4', 4, 1.0)
     assert 0.8 < row['cosine'] < 1 and row['bytes'] * 5 < row['dense_bytes']
     assert row['curves']['iter'] == [1, 2, 3, 4] and len(row['curves']['cosine']) == 4
+    # The interrupted training began from these weights.
+    assert row['start_digest'] == weights_digest(dense_run.checkpoint)
     metrics = json.loads(sorted(folder.glob('test/*/*.json'))[-1].read_text().splitlines()[-1])
     assert (row['box_mAP'], row['mask_mAP']) == (metrics['coco/bbox_mAP'], metrics['coco/segm_mAP'])
     (failed,) = content['failed']

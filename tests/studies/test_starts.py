@@ -1,0 +1,186 @@
+"""Which weights trials began from: their digest, in rows and beneath tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from synthetic import synthetic_results
+
+from slope_mm.errors import SlopeError
+from slope_mm.studies.measure import keep_weights, start_digest, weights_digest
+from slope_mm.studies.processes import Launcher
+from slope_mm.studies.results import Results, read_results
+from slope_mm.studies.runner import Runner
+from slope_mm.studies.study import Start, Study
+from slope_mm.studies.study_file import parse_study, read_study
+from slope_mm.studies.tables import markdown
+from slope_mm.studies.trials import Site, plan_trials
+
+ROOT = Path(__file__).parents[2]
+DIFFER = 'The weights of the starts differ'
+
+
+@pytest.fixture(autouse=True)
+def in_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope='module')
+def study() -> Study:
+    return read_study(ROOT / 'configs/studies/1_regularizers.py')
+
+
+def saved(path: Path, **tensors: torch.Tensor) -> Path:
+    torch.save({'state_dict': tensors}, path)
+    return path
+
+
+def test_a_digest_names_the_weights_and_nothing_else(dense_run: tiny.Run, tmp_path: Path) -> None:
+    digest = weights_digest(dense_run.checkpoint)
+    assert len(digest) == 12 and int(digest, 16) >= 0
+    # Without the optimizer's state, as a study keeps a start.
+    kept = tmp_path / 'start' / 'model.pth'
+    kept.parent.mkdir()
+    keep_weights(Path(dense_run.checkpoint), kept)
+    assert weights_digest(kept) == digest
+    loaded = torch.load(kept, weights_only=False)
+    state = dict(reversed(loaded['state_dict'].items()))
+    torch.save(state, tmp_path / 'plain.pth')
+    assert weights_digest(tmp_path / 'plain.pth') == digest
+    name = next(iter(state))
+    state[name] = state[name].clone()
+    state[name].view(-1)[0] = torch.nextafter(state[name].view(-1)[0], torch.tensor(torch.inf))
+    torch.save(state, tmp_path / 'plain.pth')
+    assert weights_digest(tmp_path / 'plain.pth') != digest
+
+
+def test_a_digest_sees_names_dtypes_and_shapes(tmp_path: Path) -> None:
+    zeros = torch.zeros(2, 4)
+    states = (
+        {'a': zeros},
+        {'b': zeros},
+        {'a': zeros.T},
+        {'a': zeros.to(torch.int32)},
+        {'a': zeros.to(torch.bfloat16)},
+        {'a': zeros, 'steps': torch.tensor(3)},
+        {'a': zeros, 'steps': torch.tensor(4)},
+        {'a': zeros, 'none': torch.zeros(0)},
+    )
+    digests = [weights_digest(saved(tmp_path / 'm.pth', **state)) for state in states]
+    assert len(set(digests)) == len(states)
+    # A view of the same numbers is the same weights.
+    ramp = torch.arange(8.0).view(2, 4)
+    digests = [weights_digest(saved(tmp_path / 'm.pth', a=a)) for a in (ramp.T, ramp.T.clone())]
+    assert len(set(digests)) == 1
+
+
+def test_a_digest_of_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SlopeError, match='nothing'):
+        weights_digest(tmp_path / 'nothing.pth')
+    (tmp_path / 'text.pth').write_text('no checkpoint')
+    with pytest.raises(SlopeError):
+        weights_digest(tmp_path / 'text.pth')
+
+
+def checkpoint_study(
+    tiny_config: Callable[..., Config], folder: Path, checkpoint: str | None
+) -> Study:
+    """A study of fp32 on the tiny shapes, from a checkpoint or from scratch."""
+    config = tiny_config(folder, 'mask_rcnn_r18_shapes_fp32')
+    task = {
+        'config': str(tiny.dump(config, folder / 'fp32.py')),
+        'metrics': {'box_mAP': 'coco/bbox_mAP', 'mask_mAP': 'coco/segm_mAP'},
+    }
+    if checkpoint is not None:
+        task['start'] = {'checkpoint': checkpoint}
+    text = {
+        'tasks': {'shapes': task},
+        'seeds': [0, 1],
+        'arms': [{'name': 'fp32'}],
+        'tables': [{'arms': ['*'], 'against': 'fp32'}],
+    }
+    return parse_study(text, 'study')
+
+
+def test_a_trial_knows_what_it_starts_from(
+    dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    found = []
+    for checkpoint in (str(dense_run.checkpoint), 'https://nowhere.example/a.pth', None):
+        study = checkpoint_study(tiny_config, tmp_path, checkpoint)
+        trials, skipped = plan_trials(study, Site(tmp_path))
+        assert not skipped
+        found.append({start_digest(trial) for trial in trials})
+    assert found == [{weights_digest(dense_run.checkpoint)}, {None}, {None}]
+
+
+def test_rows_from_before_the_digest_are_read_reported_and_taken_over(
+    dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    study = checkpoint_study(tiny_config, tmp_path, str(dense_run.checkpoint))
+    trials, _ = plan_trials(study, Site(tmp_path))
+    old = synthetic_results(study)
+    for row, trial in zip(old.rows, trials, strict=True):
+        row.update(config_hash=trial.key, bytes_from='file')
+        assert 'start_digest' not in row
+    old.write(tmp_path)
+    results = read_results(tmp_path, study)
+    written: list[Results] = []
+    before = [dict(row) for row in results.rows]
+    # Nothing is left to run: no process starts, and no folder is made.
+    Runner(Launcher()).run_all(trials, results, written.append)
+    assert results.rows == before and written and not results.failed
+    assert not any(trial.folder.exists() for trial in trials)
+    text = markdown(study, results)
+    assert '| fp32 | 2 |' in text and DIFFER not in text
+
+
+def with_digests(study: Study, digest: Callable[[str, int], str | None]) -> Results:
+    results = synthetic_results(study)
+    results.rows = [row for row in results.rows if row['task'] == 'shapes']
+    for row in results.rows:
+        row['start_digest'] = digest(row['arm'], row['seed'])
+    return results
+
+
+def test_a_table_of_one_start_says_nothing(study: Study) -> None:
+    text = markdown(study, with_digests(study, lambda arm, seed: 'aaa'))
+    assert DIFFER not in text
+    # Rows that do not say what they began from are no other start.
+    text = markdown(study, with_digests(study, lambda arm, seed: 'aaa' if seed else None))
+    assert DIFFER not in text
+
+
+def test_a_table_of_two_starts_says_so_in_one_line(study: Study) -> None:
+    results = with_digests(
+        study, lambda arm, seed: 'bbb' if (arm, seed) == ('L2 2:4 W2', 3) else 'aaa'
+    )
+    lines = [line for line in markdown(study, results).splitlines() if DIFFER in line]
+    # The table of 2:4 with 2 bits, and the comparison of all regularizers.
+    assert len(lines) == 2
+    everywhere = '(0, 1, 2, 3, 4)'
+    assert lines[0] == (
+        f'{DIFFER}, by arm and (seeds): aaa under naive 2:4 W2 {everywhere},'
+        f' L2 2:4 W2 (0, 1, 2, 4), SLOPE 2:4 W2 {everywhere}; bbb under L2 2:4 W2 (3).'
+    )
+    assert 'bbb under L2 2:4 W2 (3)' in lines[1]
+
+
+def test_starts_of_each_seed_may_differ_from_seed_to_seed_alone(study: Study) -> None:
+    (shapes, *others) = study.tasks
+    each = replace(shapes, start=Start('start.py', per_seed=True))
+    study = replace(study, tasks=(each, *others))
+    results = with_digests(study, lambda arm, seed: f'seed{seed}')
+    assert DIFFER not in markdown(study, results)
+    for row in results.rows:
+        if (row['arm'], row['seed']) == ('SLOPE 2:4 W2', 2):
+            row['start_digest'] = 'other'
+    line = next(line for line in markdown(study, results).splitlines() if DIFFER in line)
+    assert 'seed2 under naive 2:4 W2 (2), L2 2:4 W2 (2); other under SLOPE 2:4 W2 (2).' in line
+    assert 'seed0' not in line
