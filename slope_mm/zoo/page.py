@@ -65,7 +65,9 @@ def write_page(folder: Path, results: Mapping[str, Result] | None) -> str:
     known = {row['config']: row for row in content['results']}
     if results is not None:
         known.update(results)
-        content = {'versions': _versions(), 'results': [known[name] for name in sorted(known)]}
+        # A package that is not installed now may be one that older results were measured with.
+        measured_with = {**content.get('versions', {}), **_versions()}
+        content = {'versions': measured_with, 'results': [known[name] for name in sorted(known)]}
     if not known:
         raise ConfigError(f"there is no '{path}' to report; run the zoo first")
     rows = content['results']

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import mmdet
 import pytest
 
 from slope_mm.errors import ConfigError
@@ -96,6 +98,18 @@ def test_the_page_is_drawn_again_from_the_committed_results(tmp_path: Path) -> N
     # A part of the zoo joins what is there.
     write_page(tmp_path, {FAILED['config']: FAILED})
     assert 'fcos_r50' in (tmp_path / 'zoo.md').read_text()
+
+
+def test_versions_of_packages_that_are_gone_stay_on_the_page(tmp_path: Path) -> None:
+    write_page(tmp_path, {GOOD['config']: GOOD})
+    path = tmp_path / 'zoo.json'
+    content = json.loads(path.read_text())
+    content['versions']['mmgone'] = '1.2.0'
+    path.write_text(json.dumps(content))
+    write_page(tmp_path, {FAILED['config']: FAILED})
+    page = (tmp_path / 'zoo.md').read_text()
+    assert f'mmdet {mmdet.__version__}' in page
+    assert 'mmgone 1.2.0' in page
 
 
 def test_without_results_there_is_no_page(tmp_path: Path) -> None:
