@@ -18,8 +18,9 @@ Result = Mapping[str, Any]
 CAUSES = (
     (r'mmpretrain', 'needs mmpretrain'),
     (r'transformers|nltk|fairscale', 'needs transformers'),
+    (r'sklearn', 'needs scikit-learn'),
     (r'skimage|scikit-image', 'needs scikit-image'),
-    (r'detectron2', 'needs detectron2'),
+    (r'[Dd]etectron2', 'needs detectron2'),
     (r'No module named|not installed|pip install|mim install', 'needs another package'),
     (r'FileNotFoundError', "inherits from a config that mmdet's package lacks"),
     (r'not compiled|CUDA|cuda|not implemented on CPU|implementation for device cpu', 'needs a GPU'),

@@ -142,6 +142,8 @@ def test_what_is_wrong_is_complained_about(change: dict[str, Any], said: str) ->
         ('RuntimeError: lap is not installed, please install it', 'needs another package'),
         ('RuntimeError: [enforce fail at alloc_cpu.cpp:121]', 'needs more than 8 GB'),
         ('ImportError: please install it by: pip install transformers', 'needs transformers'),
+        ('ImportError: Please install Detectron2 first', 'needs detectron2'),
+        ('ImportError: Please run "pip install sklearn" to install it', 'needs scikit-learn'),
         ('TypeError: missing an argument', 'stock fails'),
     ],
 )
