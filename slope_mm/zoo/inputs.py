@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def prediction_batch(config: Config, side: int) -> dict[str, Any]:
 
 def _images(config: Config, side: int) -> dict[str, Any]:
     used = types_of(config.model)
+    masks = _trains_on_masks(config)
     classes = max(classes_of(config), 1)
     batch: dict[str, Any] = demo_mm_inputs(
         IMAGES,
@@ -99,6 +101,8 @@ def _images(config: Config, side: int) -> dict[str, Any]:
             )
         )
         sample.gt_instances.labels %= classes
+        if not masks:
+            del sample.gt_instances.masks
         # The test above drew them anywhere; training wants boxes with an area.
         sample.gt_instances.bboxes = _with_area(sample.gt_instances.bboxes, side)
         if stride:
@@ -108,6 +112,26 @@ def _images(config: Config, side: int) -> dict[str, Any]:
         if 'FastRCNN' in used:
             sample.proposals = demo_mm_proposals([(3, side, side)], 20)[0]
     return batch
+
+
+def _trains_on_masks(config: Config) -> bool:
+    """Whether the training data bring masks; a config that does not tell is given them.
+
+    Some assigners of boxes look at masks where there are any.
+    """
+    loaders = list(_sections(config.get('train_dataloader'), 'LoadAnnotations'))
+    return not loaders or any(loader.get('with_mask', False) for loader in loaders)
+
+
+def _sections(section: Any, kind: str) -> Iterator[Mapping[str, Any]]:
+    """All sections of one ``type`` in a part of a config."""
+    if isinstance(section, Mapping):
+        if section.get('type') == kind:
+            yield section
+        section = list(section.values())
+    if isinstance(section, (list, tuple)):
+        for value in section:
+            yield from _sections(value, kind)
 
 
 def _label_sample(label: int, side: int) -> Any:

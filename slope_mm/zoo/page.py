@@ -18,8 +18,9 @@ Result = Mapping[str, Any]
 CAUSES = (
     (r'mmpretrain', 'needs mmpretrain'),
     (r'transformers|nltk|fairscale', 'needs transformers'),
+    (r'sklearn', 'needs scikit-learn'),
     (r'skimage|scikit-image', 'needs scikit-image'),
-    (r'detectron2', 'needs detectron2'),
+    (r'[Dd]etectron2', 'needs detectron2'),
     (r'No module named|not installed|pip install|mim install', 'needs another package'),
     (r'FileNotFoundError', "inherits from a config that mmdet's package lacks"),
     (r'not compiled|CUDA|cuda|not implemented on CPU|implementation for device cpu', 'needs a GPU'),
@@ -65,7 +66,9 @@ def write_page(folder: Path, results: Mapping[str, Result] | None) -> str:
     known = {row['config']: row for row in content['results']}
     if results is not None:
         known.update(results)
-        content = {'versions': _versions(), 'results': [known[name] for name in sorted(known)]}
+        # A package that is not installed now may be one that older results were measured with.
+        measured_with = {**content.get('versions', {}), **_versions()}
+        content = {'versions': measured_with, 'results': [known[name] for name in sorted(known)]}
     if not known:
         raise ConfigError(f"there is no '{path}' to report; run the zoo first")
     rows = content['results']

@@ -106,7 +106,8 @@ print(checkpoint['meta']['dataset_meta']['classes'][0])
 """
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == 'circle'
+    # The maintained fork of mmdet prints lines of its own when it is imported.
+    assert done.stdout.splitlines()[-1] == 'circle'
     wanted = slope_mm.bake(weight_run.model).state_dict()
     state = torch.load(exported / 'stock.pth', weights_only=True)['state_dict']
     assert tiny.differing(state, wanted) == []

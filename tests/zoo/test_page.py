@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import mmdet
 import pytest
 
 from slope_mm.errors import ConfigError
@@ -98,6 +100,18 @@ def test_the_page_is_drawn_again_from_the_committed_results(tmp_path: Path) -> N
     assert 'fcos_r50' in (tmp_path / 'zoo.md').read_text()
 
 
+def test_versions_of_packages_that_are_gone_stay_on_the_page(tmp_path: Path) -> None:
+    write_page(tmp_path, {GOOD['config']: GOOD})
+    path = tmp_path / 'zoo.json'
+    content = json.loads(path.read_text())
+    content['versions']['mmgone'] = '1.2.0'
+    path.write_text(json.dumps(content))
+    write_page(tmp_path, {FAILED['config']: FAILED})
+    page = (tmp_path / 'zoo.md').read_text()
+    assert f'mmdet {mmdet.__version__}' in page
+    assert 'mmgone 1.2.0' in page
+
+
 def test_without_results_there_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='run the zoo first'):
         write_page(tmp_path, None)
@@ -128,6 +142,8 @@ def test_what_is_wrong_is_complained_about(change: dict[str, Any], said: str) ->
         ('RuntimeError: lap is not installed, please install it', 'needs another package'),
         ('RuntimeError: [enforce fail at alloc_cpu.cpp:121]', 'needs more than 8 GB'),
         ('ImportError: please install it by: pip install transformers', 'needs transformers'),
+        ('ImportError: Please install Detectron2 first', 'needs detectron2'),
+        ('ImportError: Please run "pip install sklearn" to install it', 'needs scikit-learn'),
         ('TypeError: missing an argument', 'stock fails'),
     ],
 )
