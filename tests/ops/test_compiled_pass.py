@@ -58,14 +58,14 @@ def assert_equal_passes(
     mask = None if pattern is None else nm_mask(w, pattern.n, pattern.m)
     step = mse_init_step(w, codes, axis, mask)
     with fused():
-        assert fused_enabled()
+        assert fused_enabled(w)
         rows, groups = w.flatten(1), None
         if pattern is not None:
             groups = Groups(pattern.n, pattern.m, w[0, 0].numel())
         gradient = options.get('gradient', 'ste')
         assert weight_kernels(rows, codes, None, groups, gradient) is not None
         found = both_ways(w, step, codes, pattern, **options)
-    assert not fused_enabled()
+    assert not fused_enabled(w)
     plain = both_ways(w, step, codes, pattern, **options)
     # Values bit for bit; sums in another order.
     assert torch.equal(plain[0], found[0])
