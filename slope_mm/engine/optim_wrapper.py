@@ -46,6 +46,20 @@ def check_step_limit(limit: float) -> float:
     return float(limit)
 
 
+def check_compile(compile: object) -> bool | None:
+    """Returns what ``optim_wrapper.compile`` says if it is True, False or None.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if compile is None or isinstance(compile, bool):
+        return compile
+    raise ConfigError(
+        f'optim_wrapper.compile={compile!r} is neither True nor False; write True for fused kernels,'
+        ' False for none, or leave it out: they are on where that pays at once, on CUDA'
+    )
+
+
 class Guard(Protocol):
     """Says whether a loss and gradients may be used; may raise instead."""
 
@@ -94,7 +108,7 @@ class RegularizedOptimWrapper(OptimWrapper):
     ) -> None:
         super().__init__(*args, **kwargs)
         if compile is not None:
-            fused.use_fused(compile)
+            fused.use_fused(check_compile(compile))
         if regularizer is None:
             raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))
@@ -331,7 +345,7 @@ class SlopeOptimWrapperConstructor:
         elif kind is AmpOptimWrapper:
             # mmengine's own, which its --amp flag writes, cannot be built without an accelerator.
             cfg.update(type=SlopeAmpOptimWrapper, regularizer=given)
-        fused.use_fused(cfg.pop('compile', None))
+        fused.use_fused(check_compile(cfg.pop('compile', None)))
         self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
         if not self.step_lr_mult >= 0:
             raise ConfigError(
