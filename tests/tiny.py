@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.config import config as config_module
@@ -26,6 +27,11 @@ import slope_mm
 from slope_mm.datasets.shapes import ShapesPaths
 
 ROOT = Path(__file__).parents[1]
+# Major and minor version.
+TORCH = tuple(int(part) for part in torch.__version__.split('+')[0].split('.')[:2])
+needs_kernels = pytest.mark.skipif(
+    TORCH < (2, 6), reason='needs torch 2.6, which loads kernels compiled ahead of time'
+)
 # conftest.py hides GPUs unless asked not to; some torch still call CUDA available then.
 HAS_CUDA = torch.cuda.device_count() > 0
 NEEDS_CUDA = 'needs a CUDA GPU, and SLOPE_TESTS_ON=cuda in the environment'

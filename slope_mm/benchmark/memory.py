@@ -25,13 +25,11 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     results = recorded.profiler.kineto_results
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == '[memory]'
-    )
+    changes = [event for event in results.events() if event.name() == '[memory]']
+    # torch 2.1's events tell microseconds; those of one time stay in their order.
+    changes.sort(key=lambda e: e.start_ns() if hasattr(e, 'start_ns') else e.start_us())
     held = peak = 0
-    for _, change in changes:
-        held += change
+    for event in changes:
+        held += event.nbytes()
         peak = max(peak, held)
     return peak

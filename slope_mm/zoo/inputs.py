@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.structures import ReIDDataSample
 from mmdet.testing import demo_mm_inputs, demo_mm_proposals, demo_track_inputs
 from mmengine.config import Config
 from mmengine.structures import PixelData
@@ -27,6 +28,8 @@ SEMANTIC: dict[str, int] = {
     'MaskFormerFusionHead': 1,
 }
 VIDEO = ('QDTrack', 'MaskTrackRCNN', 'Mask2FormerVideo')
+# Height and width of a person's crop, which re-identification averages over as a whole.
+CROP = (256, 128)
 
 
 def types_of(section: Any) -> set[str]:
@@ -48,12 +51,15 @@ def training_batch(config: Config, side: int) -> dict[str, Any]:
 
     Returns:
         ``inputs`` and ``data_samples``: images of noise with boxes, masks, semantic maps and
-        proposals; clips for models of videos; branches for semi-supervised ones; images with labels
-        or semantic maps alone for mmpretrain's and mmseg's.
+        proposals; clips for models of videos; crops for re-identification; branches for
+        semi-supervised ones; images with labels or semantic maps alone for mmpretrain's and
+        mmseg's.
     """
     if config.get('default_scope') in OTHER_SAMPLES:
         return _other_images(config, side)
     used = types_of(config.model)
+    if 'BaseReID' in used:
+        return _crops()
     if used & set(VIDEO):
         return _clips(config, side)
     if 'SoftTeacher' in used:
@@ -70,6 +76,8 @@ def prediction_batch(config: Config, side: int) -> dict[str, Any]:
     """A batch of one image or clip, as the test dataloader would collate it."""
     if config.get('default_scope') in OTHER_SAMPLES:
         batch = _other_images(config, side)
+    elif 'BaseReID' in types_of(config.model):
+        batch = _crops()
     elif types_of(config.model) & set(VIDEO):
         batch = _clips(config, side)
     else:
@@ -165,6 +173,14 @@ def _other_images(config: Config, side: int) -> dict[str, Any]:
         'inputs': list(torch.from_numpy(images)),
         'data_samples': [sample(number % 2, side) for number in range(IMAGES)],
     }
+
+
+def _crops() -> dict[str, Any]:
+    """Two crops of each of two people; the triplet loss wants both kinds of pairs."""
+    draw = np.random.RandomState(0)
+    images = draw.randint(0, 256, (2 * IMAGES, 3, *CROP), dtype=np.uint8)
+    samples = [ReIDDataSample().set_gt_label(number % 2) for number in range(2 * IMAGES)]
+    return {'inputs': list(torch.from_numpy(images)), 'data_samples': samples}
 
 
 def _with_area(boxes: torch.Tensor, side: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -82,6 +83,7 @@ def bytes_held(net: nn.Module, layers: list[CompressedLayer], x: Tensor, let_go:
     return sum(e.nbytes() for e in events if e.name() == '[memory]')
 
 
+@tiny.needs_kernels
 def test_no_weight_waits_for_the_backward_pass() -> None:
     torch.manual_seed(0)
     blocks = [nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.Flatten()]

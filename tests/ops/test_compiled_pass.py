@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from slope_mm.ops import (
 )
 from slope_mm.ops.fused import activation_kernels, fused, fused_enabled, weight_kernels
 from slope_mm.ops.weight_pass import Groups
+
+pytestmark = tiny.needs_kernels
 
 SHAPES = [
     (16, 32, 3, 3),  # copied between rows of padding

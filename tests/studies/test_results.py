@@ -170,3 +170,25 @@ def test_a_committed_table_is_what_its_results_give() -> None:
         study = read_study(ROOT / f'configs/studies/{name.removesuffix("_quick")}.py', quick)
         drawn = markdown(study, read_results(path.parent, study))
         assert (path.parent / 'results.md').read_text() == drawn, path
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    """The rows of all markdown tables: what stands under which heading."""
+    rows, headings = [], []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if not line.startswith('|'):
+            headings = []
+        elif not headings:
+            headings = cells
+        elif set(line) - set('|-'):
+            rows.append(dict(zip(headings, cells, strict=True)))
+    return rows
+
+
+def test_the_readme_shows_rows_of_a_committed_table() -> None:
+    committed = rows_of((ROOT / 'docs/results/regularizers/results.md').read_text())
+    shown = [row for row in rows_of((ROOT / 'README.md').read_text()) if 'seeds' in row]
+    assert len(shown) >= 6
+    for row in shown:
+        assert any(row.items() <= whole.items() for whole in committed), row
