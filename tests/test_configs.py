@@ -21,7 +21,8 @@ from slope_mm.engine.regularization import Regularizer
 from slope_mm.recipe import Recipe
 from slope_mm.zoo.catalogue import config_root
 from slope_mm.zoo.catalogue import read as read_stock
-from slope_mm.zoo.trial import build, predict, prepared, train_step
+from slope_mm.zoo.configs import prepared
+from slope_mm.zoo.trial import build, predict, train_step
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 TASKS = ('r50', 'r18_shapes', 'r18_nuclei')

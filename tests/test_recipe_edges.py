@@ -194,6 +194,16 @@ def test_edges_follow_what_the_recipe_quantizes_at_all() -> None:
     assert specs(dict(weight=dict(sparsity='2:4')))['backbone.conv1'] is None
 
 
+@pytest.mark.parametrize(('codes', 'edge'), [('odd', 'lsq'), ('symmetric', 'symmetric')])
+def test_edges_have_a_zero_among_their_levels(codes: str, edge: str) -> None:
+    found = specs(dict(weight=dict(sparsity='2:4', bits=2, codes=codes)))
+    assert found['backbone.conv1'] is not None and found['neck.0'] is not None
+    assert (found['backbone.conv1'].codes, found['neck.0'].codes) == (edge, codes)
+    kept = dict(match='backbone.conv1', weight=dict(codes=codes))
+    found = specs(dict(weight=dict(sparsity='2:4', bits=2, codes=codes), rules=[kept]))
+    assert found['backbone.conv1'] is not None and found['backbone.conv1'].codes == codes
+
+
 def test_edges_of_the_small_mask_rcnn() -> None:
     config = Config.fromfile(CONFIGS / '_base_/models/mask_rcnn_r18_small.py').model
     register_all_modules(init_default_scope=False)

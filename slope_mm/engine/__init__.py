@@ -22,11 +22,11 @@ from slope_mm.engine.hooks import (
     SlopeStepInitHook,
 )
 from slope_mm.engine.model import SlopeModel
+from slope_mm.engine.optim_constructor import SlopeOptimWrapperConstructor
 from slope_mm.engine.optim_wrapper import (
     RegularizedOptimWrapper,
     SlopeAmpOptimWrapper,
     SlopeOptimWrapper,
-    SlopeOptimWrapperConstructor,
 )
 from slope_mm.engine.packed import load_packed
 from slope_mm.engine.regularization import regularization

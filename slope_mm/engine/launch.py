@@ -33,7 +33,7 @@ from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.fit import check_fit
 from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
-from slope_mm.engine.optim_wrapper import SlopeOptimWrapperConstructor
+from slope_mm.engine.optim_constructor import SlopeOptimWrapperConstructor
 from slope_mm.engine.refusals import check_ways
 from slope_mm.engine.storage import latest_checkpoint
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError

@@ -1,4 +1,4 @@
-"""Optim wrappers that add the regularizer to the loss, and the constructor that builds them."""
+"""Optim wrappers that add the regularizer to the loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
@@ -44,6 +44,20 @@ def check_step_limit(limit: float) -> float:
     if not 0 < float(limit) < 1:
         raise ConfigError(f'optim_wrapper.step_limit={limit} is not a share between 0 and 1')
     return float(limit)
+
+
+def check_compile(compile: object) -> bool | None:
+    """Returns what ``optim_wrapper.compile`` says if it is True, False or None.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if compile is None or isinstance(compile, bool):
+        return compile
+    raise ConfigError(
+        f'optim_wrapper.compile={compile!r} is neither True nor False; write True for fused'
+        ' kernels, False for none, or leave it out: they are on where that pays at once, on CUDA'
+    )
 
 
 class Guard(Protocol):
@@ -94,7 +108,7 @@ class RegularizedOptimWrapper(OptimWrapper):
     ) -> None:
         super().__init__(*args, **kwargs)
         if compile is not None:
-            fused.use_fused(compile)
+            fused.use_fused(check_compile(compile))
         if regularizer is None:
             raise ConfigError(MISSING)
         self.set_regularizer(Regularizer.parse(regularizer))
@@ -275,118 +289,3 @@ class SlopeAmpOptimWrapper(RegularizedOptimWrapper, MixedPrecisionOptimWrapper):
 
     Without an accelerator it trains in bf16 (:class:`MixedPrecisionOptimWrapper`).
     """
-
-
-_REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
-    OptimWrapper: SlopeOptimWrapper,
-    AmpOptimWrapper: SlopeAmpOptimWrapper,
-    MixedPrecisionOptimWrapper: SlopeAmpOptimWrapper,
-}
-
-
-def _regularized(kind: type[OptimWrapper]) -> type[RegularizedOptimWrapper]:
-    """The class that adds a regularizer to a given wrapper class."""
-    if issubclass(kind, RegularizedOptimWrapper):
-        return kind
-    if kind not in _REGULARIZED:
-        _REGULARIZED[kind] = type(f'Slope{kind.__name__}', (RegularizedOptimWrapper, kind), {})
-    return _REGULARIZED[kind]
-
-
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class SlopeOptimWrapperConstructor:
-    """Builds any optim wrapper, gives it the regularizer and the steps a group of their own.
-
-    Keys that it takes from ``optim_wrapper`` beside the stock ones:
-
-        regularizer: dict with ``type`` (``'cosine'``, ``'l2'``, ``'none'``), ``weight`` (lambda)
-            and ``granularity`` (``'layer'``, ``'filter'``).
-        base_constructor: The constructor that builds the optimizer; layer-decay ones for instance.
-            Defaults to ``'DefaultOptimWrapperConstructor'``.
-        step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
-        step_limit: Largest relative change of a step in one update. Defaults to 0.005.
-        compile: Compress through fused kernels (docs/performance.md). On CUDA they are Triton's,
-            and used unless this is False. On a CPU torch compiles them ahead of time, once on a
-            machine, for about a minute; they are used if this is True, and hold no compressed
-            weight between a layer's forward and backward. Defaults to None, as each device has it.
-
-    Steps get no weight decay: it would pull every level towards zero.
-    """
-
-    def __init__(
-        self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None
-    ) -> None:
-        cfg = dict(optim_wrapper_cfg)
-        if 'regularizer' not in cfg:
-            raise ConfigError(MISSING)
-        given = cfg.pop('regularizer')
-        self.regularizer = Regularizer.parse(given)
-        self.step_limit = check_step_limit(cfg.pop('step_limit', STEP_LIMIT))
-        kind = cfg.get('type', 'OptimWrapper')
-        if isinstance(kind, str):
-            kind = OPTIM_WRAPPERS.get(kind)
-        if isinstance(kind, type) and issubclass(kind, RegularizedOptimWrapper):
-            # Named beside the constructor: it asks for a regularizer itself.
-            cfg['regularizer'] = given
-        elif kind is AmpOptimWrapper:
-            # mmengine's own, which its --amp flag writes, cannot be built without an accelerator.
-            cfg.update(type=SlopeAmpOptimWrapper, regularizer=given)
-        fused.use_fused(cfg.pop('compile', None))
-        self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
-        if not self.step_lr_mult >= 0:
-            raise ConfigError(
-                f'optim_wrapper.step_lr_mult={self.step_lr_mult} is negative; give 0 for fixed'
-                ' steps or a positive factor'
-            )
-        self.base = dict(
-            type=cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor'),
-            optim_wrapper_cfg=cfg,
-            paramwise_cfg=paramwise_cfg,
-        )
-
-    def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the wrapper for a (possibly DDP-wrapped) model.
-
-        Raises:
-            ConfigError: If the constructor builds several wrappers, or the model is sharded.
-        """
-        check_wrapped(model)
-        wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)(model)
-        if not isinstance(wrapper, OptimWrapper):
-            raise ConfigError(
-                f'{self.base["type"]} built a {type(wrapper).__name__}, which has no single loss'
-                ' to regularize; use a constructor that builds one OptimWrapper'
-            )
-        wrapper.__class__ = _regularized(type(wrapper))
-        wrapper.set_regularizer(self.regularizer)
-        wrapper.step_limit = self.step_limit
-        self._group_steps(wrapper.optimizer, getattr(model, 'module', model))
-        return wrapper
-
-    def _group_steps(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        named = {
-            p: name
-            for name, p in model.named_parameters()
-            if name.rsplit('.', 1)[-1].startswith('slope_')
-        }
-        if not named:
-            return
-        trained = {p for group in optimizer.param_groups for p in group['params']}
-        groups = []
-        for group in optimizer.param_groups:
-            others = [i for i, p in enumerate(group['params']) if p not in named]
-            # Layer-decay constructors name their parameters beside listing them.
-            for key in {'params', 'param_names'} & group.keys():
-                group[key] = [group[key][i] for i in others]
-            if others:
-                groups.append(group)
-        optimizer.param_groups[:] = groups
-        # A base constructor may leave frozen parameters out; their steps stay out too.
-        steps = [p for p in named if p in trained]
-        if not steps:
-            return
-        own = {'params': steps, 'lr': optimizer.defaults['lr'] * self.step_lr_mult}
-        # torch takes names in all groups or in none.
-        if any('param_names' in group for group in groups):
-            own['param_names'] = [named[p] for p in steps]
-        optimizer.add_param_group({**own, 'weight_decay': 0.0})

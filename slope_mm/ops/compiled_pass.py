@@ -2,7 +2,8 @@
 
 The result is that of the plain passes, bit for bit but for the order in which sums are added up.
 Nothing but W, or the values before quantization, is kept for the backward pass: a group's largest
-are found again. The first use on a machine compiles for a minute; later ones load what is on disk
+are found again. Rows in which equal magnitudes stand at a group's limit are done over by the plain
+passes. The first use on a machine compiles for a minute; later ones load what is on disk
 (:mod:`slope_mm.ops.kernel_store`). Measurements: docs/performance.md.
 """
 
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slope_mm.ops import kernel_store
+from slope_mm.ops import kernel_store, weight_pass
 from slope_mm.ops.quantization import Codes, positive, scaled_gradient
 from slope_mm.ops.selection import BLOCK
 from slope_mm.ops.weight_pass import DENSE, Groups, step_gradient
@@ -134,12 +135,18 @@ def forward_pass(
     kernel = _one('weight_forward', groups.m)
     member, scalars = _member(w.shape[1], groups), _scalars(codes, groups.n)
     step = positive(step).reshape(-1, 1).expand(w.shape[0], 1)
-    compressed, powers = torch.empty_like(w), w.new_empty(3, w.shape[0])
+    compressed, by_row = torch.empty_like(w), w.new_empty(4, w.shape[0])
     for latent, where in _pieces(w, groups):
-        targets = [compressed[where], *powers[:, where]]
+        targets = [compressed[where], *by_row[:, where]]
         given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
         kernel([*latent, member, step[where].contiguous(), scalars, *given])
         _fill(targets, given)
+    powers = by_row[:3]
+    tied = _tied(by_row[3], w, groups)
+    if tied is not None:
+        compressed[tied], powers[:, tied], _ = weight_pass.forward_pass(
+            w[tied], step[tied], codes, None, groups, sums=True
+        )
     return compressed, powers
 
 
@@ -173,15 +180,47 @@ def backward_pass(
         by_latent = by_level = w.new_zeros(count, 1)
     else:
         by_latent, by_level = (2 * grad_powers[0]).view(-1, 1), grad_powers[1].view(-1, 1)
-    grad_w, grad_step = torch.empty_like(w), w.new_empty(count)
+    grad_w, sums = torch.empty_like(w), w.new_empty(2, count)
     for latent, where in _pieces(w, groups):
-        targets = [grad_w[where], grad_step[where]]
+        targets = [grad_w[where], *sums[:, where]]
         given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
         by_row = [x[where].contiguous() for x in (s.expand(count, 1), by_latent, by_level)]
         kernel([grad[where].contiguous(), *latent, member, *by_row, scalars, *given])
         _fill(targets, given)
-    complete = step_gradient(grad_step.view(-1, 1), step, s, grad_powers, powers, grad_scale)
+    grad_step = sums[0].unsqueeze(1)
+    tied = _tied(sums[1], w, groups)
+    if tied is not None:
+        rows, steps = w[tied], s.expand(count, 1)[tied]
+        compressed, _, kept = weight_pass.forward_pass(
+            rows, steps, codes, None, groups, sums=False, keep_mask=True
+        )
+        found, by_step = weight_pass.backward_pass(
+            grad[tied],
+            None if grad_powers is None else grad_powers[:, tied],
+            rows,
+            compressed,
+            steps,
+            codes,
+            kept,
+            groups=groups,
+            gradient=gradient,
+            decay=decay,
+            wants_weight=True,
+            wants_step=True,
+        )
+        assert found is not None and by_step is not None
+        grad_w[tied], grad_step[tied] = found, by_step
+    complete = step_gradient(grad_step, step, s, grad_powers, powers, grad_scale)
     return grad_w, complete
+
+
+def _tied(kept_count: Tensor, w: Tensor, groups: Groups) -> Tensor | None:
+    """Rows of which a kernel kept more than N of each group; None where there is none."""
+    if groups.m == 1:
+        return None
+    # Not a comparison with "more than": what is not a number goes to the plain pass as well.
+    tied = (kept_count != w.shape[1] // groups.m * groups.n).nonzero().flatten()
+    return tied if tied.numel() else None
 
 
 def _fill(targets: list[Tensor], given: list[Tensor]) -> None:

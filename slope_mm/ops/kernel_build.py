@@ -35,8 +35,14 @@ def build(file: Path) -> None:
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(partial),
-            # As many threads as torch has when a kernel runs, not as it has here.
-            inductor_configs={'cpp.dynamic_threads': True},
+            inductor_configs={
+                # As many threads as torch has when a kernel runs, not as it has here.
+                'cpp.dynamic_threads': True,
+                # Whatever is used twice stays in registers; inductor would store it and read it
+                # back once it took this many operations to find.
+                'realize_opcount_threshold': 1_000_000,
+                'realize_reads_threshold': 1_000_000,
+            },
         )
         os.replace(partial, file)
     finally:

@@ -4,6 +4,10 @@ A kernel writes into tensors that it is given and returns nothing. Which members
 is found without laying the groups out: a member's rank is counted by comparing it with the others
 of its group, which lie a multiple of ``kernel`` positions away along the row, so that every load is
 contiguous whatever the kernel size, and one compiled loop serves all layers of a group size.
+
+Equal magnitudes are not told apart, which would cost as much again. Each kernel counts what it kept
+a row: where that is more than N of each group, equal ones stood at the limit, and the row has to be
+done over by a pass that knows which of them stays.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ SCALARS = ('low', 'high', 'offset', 'kept', 'pruned_share', 'decay')
 
 
 def _kept(w: Tensor, others: Sequence[Tensor], member: Tensor, count: Tensor) -> Tensor:
-    """Which weights are among their group's ``count`` largest; lower indices win ties.
+    """Which weights are among their group's ``count`` largest, all that are equal at the limit.
 
     Args:
         w: ``[rows, length]``.
@@ -35,8 +39,7 @@ def _kept(w: Tensor, others: Sequence[Tensor], member: Tensor, count: Tensor) ->
     for distance in range(1, size):
         wraps = member >= size - distance
         other = torch.where(wraps, others[2 * distance - 1], others[2 * distance - 2]).abs()
-        wins = (other > magnitude) | (wraps & (other == magnitude))
-        rank = rank + wins.to(torch.float32)
+        rank = rank + (other > magnitude).to(torch.float32)
     return rank < count
 
 
@@ -46,7 +49,7 @@ def _level(scaled: Tensor, scalars: Tensor) -> Tensor:
 
 
 class WeightForward(nn.Module):
-    """Compressed rows and the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ`` of each."""
+    """Compressed rows, and of each the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ`` and what was kept."""
 
     def forward(
         self,
@@ -59,10 +62,14 @@ class WeightForward(nn.Module):
         latent_power: Tensor,
         product: Tensor,
         level_power: Tensor,
+        kept_count: Tensor,
     ) -> tuple[()]:
         level = _level(w / step, scalars) * step
         if others:
-            level = torch.where(_kept(w, others, member, scalars[3]), level, 0.0)
+            # As a number: a boolean that is used twice would be stored, and read a byte at a time.
+            kept = _kept(w, others, member, scalars[3]).to(torch.float32)
+            level = level * kept
+            kept_count.copy_(kept.sum(1))
         compressed.copy_(level)
         latent_power.copy_((w * w).sum(1))
         product.copy_((w * level).sum(1))
@@ -71,7 +78,7 @@ class WeightForward(nn.Module):
 
 
 class WeightBackward(nn.Module):
-    """The gradient of rows, and the step's: one value a row."""
+    """The gradient of rows, and the step's: one value a row, as what was kept."""
 
     def forward(
         self,
@@ -85,6 +92,7 @@ class WeightBackward(nn.Module):
         scalars: Tensor,
         grad_w: Tensor,
         grad_step: Tensor,
+        kept_count: Tensor,
     ) -> tuple[()]:
         scaled = w / step
         level = _level(scaled, scalars)
@@ -93,6 +101,7 @@ class WeightBackward(nn.Module):
         by_step = grad * level - passed * scaled
         if others:
             kept = _kept(w, others, member, scalars[3])
+            kept_count.copy_(kept.to(torch.float32).sum(1))
             level = torch.where(kept, level, 0.0)
             by_step = torch.where(kept, by_step, 0.0)
             passed = torch.where(kept, passed, grad * scalars[4] + w * scalars[5])
@@ -160,9 +169,9 @@ def weight_forward(m: int) -> Example:
         torch.ones(6, 1),
         torch.ones(len(SCALARS)),
         torch.randn(6, 8 * m),
-        *(torch.zeros(6) for _ in range(3)),
+        *(torch.zeros(6) for _ in range(4)),
     )
-    dynamic = (both, [both for _ in others], {0: length}, row, None, both, row, row, row)
+    dynamic = (both, [both for _ in others], {0: length}, row, None, both, row, row, row, row)
     return Example(WeightForward(), inputs, dynamic)
 
 
@@ -179,10 +188,10 @@ def weight_backward(m: int) -> Example:
         *(torch.ones(6, 1) for _ in range(3)),
         torch.ones(len(SCALARS)),
         torch.randn(6, 8 * m),
-        torch.zeros(6),
+        *(torch.zeros(6) for _ in range(2)),
     )
     around = [both for _ in others]
-    dynamic = (both, both, around, {0: length}, row, row, row, None, both, row)
+    dynamic = (both, both, around, {0: length}, row, row, row, None, both, row, row)
     return Example(WeightBackward(), inputs, dynamic)
 
 

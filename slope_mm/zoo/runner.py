@@ -24,7 +24,8 @@ import torch
 
 from slope_mm.errors import ConfigError
 from slope_mm.zoo.catalogue import RELATIVES, Entry, catalogue, one_line, relatives
-from slope_mm.zoo.trial import DenseFailure, peak_mb, stock_zoo_config, try_config
+from slope_mm.zoo.configs import stock_zoo_config
+from slope_mm.zoo.trial import DenseFailure, peak_mb, try_config
 
 Result = dict[str, Any]
 

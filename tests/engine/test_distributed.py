@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -227,9 +228,47 @@ def test_slurm_and_mpi_start_the_same_processes(ranks: Seen, start: Path, tmp_pa
     for rank, process in enumerate(processes):
         assert process.wait(600) == 0, (tmp_path / f'output_{rank}').read_text()[-6000:]
     for launcher in ('slurm', 'mpi'):
-        for rank, by_torchrun in enumerate(ranks['toy']):
-            found = torch.load(tmp_path / f'{launcher}_rank{rank}.pt')
-            assert not tiny.differing(by_torchrun['last'], found['last'])
+        assert_trained_as(ranks['toy'], tmp_path, launcher)
+
+
+def assert_trained_as(by_torchrun: list[dict[str, Any]], root: Path, launcher: str) -> None:
+    for rank, expected in enumerate(by_torchrun):
+        found = torch.load(root / f'{launcher}_rank{rank}.pt')
+        assert not tiny.differing(expected['last'], found['last'])
+
+
+REAL = {
+    'slurm': ['srun', '--ntasks=2', '--kill-on-bad-exit=1'],
+    # As root, and with more processes than cores: both are what Open MPI has to be asked for.
+    'mpi': ['mpirun', '--allow-run-as-root', '--oversubscribe', '-np', '2'],
+}
+
+
+@pytest.mark.parametrize('launcher', REAL)
+def test_srun_and_mpirun_themselves(
+    launcher: str, ranks: Seen, start: Path, tmp_path: Path
+) -> None:
+    command = REAL[launcher]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f'needs {command[0]}')
+    done = subprocess.run([*command, 'true'], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f'{command[0]} starts nothing here: {done.stderr.strip()[-200:]}')
+    config = tiny.toy_config(tmp_path / launcher, batch_size=2, load_from=str(start))
+    config.launcher = launcher
+    file = tiny.dump(config, tmp_path / f'{launcher}.py')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free.getsockname()[1]))
+    done = subprocess.run(
+        [*command, sys.executable, WORKER, tmp_path, file],
+        env={**os.environ, **address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert_trained_as(ranks['toy'], tmp_path, launcher)
 
 
 @pytest.mark.parametrize(

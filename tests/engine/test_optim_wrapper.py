@@ -181,6 +181,8 @@ def test_bad_settings_of_the_steps(toy: nn.Module) -> None:
         wrapper_of(toy, step_lr_mult=-1)
     with pytest.raises(ConfigError, match='step_limit=1.0 is not a share'):
         wrapper_of(toy, step_limit=1.0)
+    with pytest.raises(ConfigError, match="compile='no' is neither True nor False"):
+        wrapper_of(toy, compile='no')
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])

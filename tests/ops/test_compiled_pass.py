@@ -25,6 +25,7 @@ from slope_mm.ops import (
     mse_init_step,
     nm_mask,
     weight_codes,
+    weight_pass,
 )
 from slope_mm.ops.fused import activation_kernels, fused, fused_enabled, weight_kernels
 from slope_mm.ops.weight_pass import Groups
@@ -52,8 +53,9 @@ def both_ways(
 def assert_equal_passes(
     shape: tuple[int, ...], pattern: NMPattern | None, codes: Any, axis: int | None, **options: Any
 ) -> None:
-    """Ties and a row of zeros included."""
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(20).round().div(20)
+    """Every other row has ties, and one is zero."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w[::2] = w[::2].mul(20).round().div(20)
     w[1] = 0
     mask = None if pattern is None else nm_mask(w, pattern.n, pattern.m)
     step = mse_init_step(w, codes, axis, mask)
@@ -96,6 +98,41 @@ def uncompiled(name: str, m: int) -> Any:
             example.module(*shaped)
 
     return run
+
+
+@pytest.mark.parametrize('m', [4, 16])
+def test_rows_with_equal_magnitudes_at_the_limit_are_done_over(
+    m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if m > 4:
+        for name in ('weight_forward', 'weight_backward'):
+            monkeypatch.setitem(kernel_store._loaded, (name, m), uncompiled(name, m))
+    w = torch.randn(64, 96, 3, 3, generator=torch.Generator().manual_seed(0))
+    # The second and the third largest, so that one of them goes; the two largest, which both stay.
+    order = w[:, :m, 1, 1].abs().argsort(dim=1, descending=True)
+    for row, (one, other) in ((5, (1, 2)), (9, (0, 1))):
+        w[row, order[row, one], 1, 1] = -w[row, order[row, other], 1, 1]
+    w[17] = torch.inf
+    w[30, 4, 2, 2] = torch.nan
+    redone = []
+    plain = weight_pass.forward_pass
+
+    def watched(rows: Tensor, *args: Any, **options: Any) -> Any:
+        redone.append(rows)
+        return plain(rows, *args, **options)
+
+    codes, groups = weight_codes('lsq', 4), Groups(2, m, 9)
+    rows, step = w.flatten(1), torch.full((64, 1), 0.2)
+    expected, powers, _ = plain(rows, step, codes, None, groups, sums=True)
+    with fused():
+        kernels = weight_kernels(rows, codes, None, groups, 'ste')
+    assert kernels is not None
+    monkeypatch.setattr(weight_pass, 'forward_pass', watched)
+    found, sums = kernels.forward_pass(rows, step, codes, None, groups)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(sums, powers, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert [len(some) for some in redone] == [3]
+    assert torch.equal(redone[0][0], rows[5])
 
 
 @pytest.mark.parametrize('shape', SHAPES)

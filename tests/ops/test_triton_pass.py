@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from slope_mm.ops import fused
 
 CASES = Path(__file__).with_name('triton_cases.py')
 NEEDED = "needs Triton 3.3, which is made for Linux's x86-64 and a torch that takes it"
@@ -22,6 +25,21 @@ def test_the_kernels_in_a_process_that_interprets_them() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'skipped' not in done.stdout, done.stdout
+
+
+def test_one_warning_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for a CPU, which Triton has no compiler for."""
+    pytest.importorskip('triton', '3.3', reason=NEEDED)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: 'an old card')
+    fused._works_on.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match='do not run on an old card .*compile=False'):
+            assert not fused._works_on(torch.device('cpu'))
+        # Asked once: the answer, and the warning, are those of the first time.
+        assert not fused._works_on(torch.device('cpu'))
+    finally:
+        fused._works_on.cache_clear()
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from slope_mm.zoo.trial import stock_zoo_config
+from slope_mm.zoo.configs import stock_zoo_config
 
 # Of base_channels 64, and of the 256 channels of necks and heads.
 NARROW = 16

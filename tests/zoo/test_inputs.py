@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from slope_mm.zoo.configs import stock_zoo_config
 from slope_mm.zoo.inputs import training_batch
-from slope_mm.zoo.trial import build, stock_zoo_config, train_step
+from slope_mm.zoo.trial import build, train_step
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from slope_mm.zoo.catalogue import RELATIVES, config_path, relatives
+from slope_mm.zoo.configs import stock_zoo_config
 from slope_mm.zoo.page import GOAL, accounted, complaints
-from slope_mm.zoo.trial import stock_zoo_config, try_config
+from slope_mm.zoo.trial import try_config
 
 CLASSIFIERS = ('resnet18_8xb32_in1k', 'deit-small_4xb256_in1k')
 SEGMENTORS = (
