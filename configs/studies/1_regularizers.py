@@ -38,6 +38,12 @@ _dense_w4a4 = dict(weight=dict(sparsity=None, bits=4), activation=dict(bits=4))
 _w4 = dict(weight=dict(sparsity='2:4', bits=4))
 _w2 = dict(weight=dict(sparsity='2:4', bits=2))
 _w4a4 = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))
+
+
+def _odd(recipe):
+    return dict(recipe, weight=dict(recipe['weight'], codes='odd'))
+
+
 arms = [
     dict(name='fp32'),
     dict(name='naive 2:4 W4', recipe=_w4),
@@ -51,6 +57,13 @@ arms = [
     dict(name='naive 2:4 W4A4', recipe=_w4a4),
     dict(name='L2 2:4 W4A4', recipe=_w4a4, regularizer=_l2),
     dict(name='SLOPE 2:4 W4A4', recipe=_w4a4, regularizer=_cosine),
+    # What could come closer to fp32: levels without a zero, which the mask stores already; and a
+    # weaker regularizer.
+    dict(name='odd naive W2', recipe=_odd(_w2)),
+    dict(name='odd SLOPE W2', recipe=_odd(_w2), regularizer=_cosine),
+    dict(name='odd SLOPE W4', recipe=_odd(_w4), regularizer=_cosine),
+    dict(name='odd SLOPE W4A4', recipe=_odd(_w4a4), regularizer=_cosine),
+    dict(name='low lambda W2', recipe=_w2, regularizer=dict(type='cosine', weight=0.1)),
 ]
 tables = [
     dict(
@@ -76,6 +89,33 @@ tables = [
         arms=['fp32', 'dense W4A4', 'naive 2:4 W4A4', 'L2 2:4 W4A4', 'SLOPE 2:4 W4A4'],
         against='dense W4A4',
         reference='fp32',
+    ),
+    dict(
+        title='What comes closer to fp32',
+        arms=[
+            'fp32',
+            'naive 2:4 W2',
+            'SLOPE 2:4 W2',
+            'low lambda W2',
+            'odd naive W2',
+            'odd SLOPE W2',
+            'SLOPE 2:4 W4',
+            'odd SLOPE W4',
+            'SLOPE 2:4 W4A4',
+            'odd SLOPE W4A4',
+        ],
+        against='fp32',
+        reference='fp32',
+    ),
+    dict(
+        title='Levels without a zero',
+        pairs=[
+            ['odd naive W2', 'naive 2:4 W2'],
+            ['odd SLOPE W2', 'SLOPE 2:4 W2'],
+            ['odd SLOPE W2', 'odd naive W2'],
+            ['odd SLOPE W4', 'SLOPE 2:4 W4'],
+            ['odd SLOPE W4A4', 'SLOPE 2:4 W4A4'],
+        ],
     ),
     dict(
         title='The order of the paper: SLOPE above L2 above naive',
