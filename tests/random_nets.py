@@ -24,7 +24,9 @@ class OnChannels(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.movedim(1, -1)).movedim(-1, 1)
+        # Contiguous: with channels last, torch itself (2.1 and 2.13, on AVX2) writes past a buffer
+        # in the backward pass of a strided 1x1 convolution of few channels: docs/setup.md.
+        return self.layer(x.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 
 class SelfAttention(nn.Module):

@@ -170,14 +170,14 @@ def train_step(model: BaseModel, config: Config, side: int) -> tuple[float, set[
         group['lr'] *= LR_FACTOR
     reached: set[str] = set()
 
-    def told(name: str) -> Callable[[Tensor], None]:
-        return lambda _: reached.add(name)
+    def look(*_: Any) -> None:
+        reached.update(name for name, p in model.named_parameters() if p.grad is not None)
 
-    hooks = [p.register_hook(told(n)) for n, p in model.named_parameters() if p.requires_grad]
+    # Not by hooks of the parameters: torch 2.1 passes over some of them.
+    handle = wrapper.optimizer.register_step_pre_hook(look)
     model.train()
     losses = model.train_step(training_batch(config, side), wrapper)
-    for hook in hooks:
-        hook.remove()
+    handle.remove()
     return round(float(losses['loss'].detach()), 4), reached
 
 

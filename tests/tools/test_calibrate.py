@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_the_table_says_what_it_did(done: tuple[Path, Path, str], dense_run: tin
         decibels = float(slope_mm.ops.sqnr_db(dense[f'{name}.weight'], layer.compressed_weight()))
         assert float(rows[name][4]) == pytest.approx(decibels, abs=0.01), name
     plain, result = (
-        float(printed.split(f'{word} ')[-1].split(',')[0].split('\n')[0].rstrip('.'))
+        float(re.findall(rf'\b{word} (\d+\.?\d*(?:e-?\d+)?)', printed)[-1])
         for word in ('plain', 'result')
     )
     assert result < plain
