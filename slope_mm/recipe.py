@@ -226,14 +226,14 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
     prediction layers stay dense with 8-bit weights, and 8-bit activations where the recipe
     quantizes activations at all; a recipe without weight bits leaves them at full precision. So do
     the sampling offsets of deformable attention; those of deformable convolutions are left alone.
-    They are dense, so ``odd`` levels, which leave the zero to the mask, become ``lsq`` ones: at 8
-    bits that costs nothing, and the codes stay within int8. The paper does not publish its policy
-    for these layers.
+    They are dense, so ``odd`` levels, which leave the zero to the mask, become ``symmetric`` ones,
+    closed under negation too: at 8 bits that costs nothing, and the codes stay within int8. The
+    paper does not publish its policy for these layers.
     """
     bits = None if recipe.weight.bits is None else EDGE_BITS
     weight: dict[str, Any] = {'sparsity': None, 'bits': bits}
     if recipe.weight.codes == 'odd':
-        weight['codes'] = 'lsq'
+        weight['codes'] = 'symmetric'
     activation = {'bits': None if recipe.activation_bits is None else EDGE_BITS}
 
     def edge(match: str, reason: str) -> Rule:

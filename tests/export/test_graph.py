@@ -69,7 +69,7 @@ def test_stored_integers_are_the_trained_codes(settings: dict) -> None:
         trained = layer.codes().numpy().astype(np.int64)
         scale = stored[f'{name}.weight.scale'].astype(np.float64)
         step = positive(layer.step).numpy().astype(np.float64).reshape(-1)
-        if settings['weight']['codes'] == 'odd':
+        if layer.slope_spec.codes == 'odd':
             # {+-1, +-3, ...} * step / 2; masked weights are zeros.
             kept = np.ones_like(trained, bool) if layer.mask is None else layer.mask.numpy()
             trained, step = np.where(kept, 2 * trained + 1, 0), step / 2
