@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -72,6 +73,28 @@ class Timings:
                 )
             )
         return result
+
+
+# mallopt's names for its settings, and values: mapped on their own are blocks above the largest
+# size that glibc takes for it (HEAP_MAX / 2), returned is what is free above the other.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT, _LARGEST = 1 << 30, 32 << 20
+
+
+def keep_pages() -> bool:
+    """Has this process keep the memory that it frees.
+
+    Whether the C library hands a large block back, and the system has to clear its pages again,
+    depends on what else the process has freed: it may double what one and the same arm takes.
+
+    Returns:
+        Whether the C library knows how (glibc does).
+    """
+    try:
+        set_to = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(set_to(_MMAP_THRESHOLD, _LARGEST)) and bool(set_to(_TRIM_THRESHOLD, _KEPT))
 
 
 def interleave(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slope_mm.ops.compress import Compress
 from slope_mm.ops.compress_many import bundles, compress_many
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class SharedWeight:
         node: Any = compressed.grad_fn
         again = let_go and getattr(node, 'kernels', None) is not None
         if again:
-            node.let_go = True
+            Compress.let_go(node)
         self._held = None if again else compressed
 
     def serves(self, wants_grad: bool, sums: bool) -> bool:

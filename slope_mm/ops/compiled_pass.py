@@ -1,10 +1,12 @@
 """The passes through kernels that are compiled ahead of time for a CPU: one loop each way.
 
 The result is that of the plain passes, bit for bit but for the order in which sums are added up.
-Nothing but W, or the values before quantization, is kept for the backward pass: a group's largest
-are found again. Rows in which equal magnitudes stand at a group's limit are done over by the plain
-passes. The first use on a machine compiles for a minute; later ones load what is on disk
-(:mod:`slope_mm.ops.kernel_store`). Measurements: docs/performance.md.
+W and its mask, or an activation before it was quantized, are kept for the backward pass: rounding
+again is cheaper than keeping what it gave, finding a group's largest is not. A mask goes where the
+compressed weight is let go, and is found once more with it. Rows in which equal magnitudes stand at
+a group's limit are done over by the plain passes. The first use on a machine compiles for a minute;
+later ones load what is on disk (:mod:`slope_mm.ops.kernel_store`). Measurements:
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slope_mm.ops import kernel_store, weight_pass
+from slope_mm.ops.kernel_code import MASK
 from slope_mm.ops.quantization import Codes, positive, scaled_gradient
 from slope_mm.ops.selection import BLOCK
-from slope_mm.ops.weight_pass import DENSE, Groups, step_gradient
+from slope_mm.ops.weight_pass import DENSE, Groups
 
 # A rank is counted by comparing with all members of a group.
 LARGEST_GROUP = 16
@@ -33,16 +36,23 @@ def fits_weight(
     rows: Tensor, codes: Codes | None, mask: Tensor | None, groups: Groups | None, gradient: str
 ) -> bool:
     """Whether the kernels know this case (and can be had); the plain passes know all."""
-    m = (groups or DENSE).m
+    finds = mask is None and groups is not None
     return (
         _fits(rows)
         and codes is not None
-        and mask is None
-        and m <= LARGEST_GROUP
+        and (not finds or (groups or DENSE).m <= LARGEST_GROUP)
         and gradient in GRADIENTS
         and min(rows.shape) > 1
-        and kernel_store.kernels(('weight_forward', m), ('weight_backward', m)) is not None
+        and kernel_store.kernels(*_needed(mask, groups)) is not None
     )
+
+
+def _needed(mask: Tensor | None, groups: Groups | None) -> list[tuple[str, int]]:
+    """The kernels of a weight; layers find their masks, keep them and let go what they masked."""
+    if mask is None and groups is not None:
+        return [('weight_forward', groups.m), ('given_forward', 1), ('weight_backward', 1)]
+    masked = int(mask is not None)
+    return [('given_forward', masked), ('weight_backward', masked)]
 
 
 def fits_activation(x: Tensor) -> bool:
@@ -77,77 +87,89 @@ def _member(length: int, groups: Groups) -> Tensor:
 
 
 @functools.lru_cache(256)
-def _scalars(codes: Codes, n: int, gradient: str = 'ste', decay: float = 0.0) -> Tensor:
+def _scalars(
+    codes: Codes, n: int = 0, gradient: str = 'ste', decay: float = 0.0, grad_scale: float = 1.0
+) -> Tensor:
     """The vector of :data:`~slope_mm.ops.kernel_code.SCALARS`."""
     share = 0.0 if gradient == 'masked' else 1.0
     decay = decay if gradient == 'sr_ste' else 0.0
     with torch.inference_mode(False):
-        return torch.tensor([codes.qn, codes.qp, codes.offset, n, share, decay])
+        return torch.tensor([codes.qn, codes.qp, codes.offset, n, share, decay, grad_scale])
 
 
-class _Rows(NamedTuple):
-    """Rows that a kernel works on at once, and where the weights around them are.
-
-    Attributes:
-        latent: Inputs of a kernel: ``[count, length]``, and the other members of its groups, as in
-            :mod:`~slope_mm.ops.kernel_code`.
-        where: Which rows of the weight they are.
-    """
-
-    latent: list[Tensor]
-    where: slice
+@functools.lru_cache(256)
+def _marker(kernel: int) -> Tensor:
+    """The kernel size as a size (:mod:`slope_mm.ops.kernel_code`)."""
+    with torch.inference_mode(False):
+        return torch.zeros(kernel + 2)
 
 
-def _inner(w: Tensor, groups: Groups, where: slice) -> _Rows:
-    """The rows of ``w`` but for the first and the last, whose neighbours may lie outside of it."""
-    rows, length = w.shape[0] - 2, w.shape[1]
-    flat, size, whole = w.view(-1), rows * length, groups.m * groups.kernel
-    latent = [w[1:-1]]
-    for distance in range(groups.kernel, whole, groups.kernel):
-        for start in (length + distance, length + distance - whole):
-            latent.append(flat[start : start + size].view(rows, length))
-    return _Rows(latent, where)
+def _pieces(w: Tensor, groups: Groups) -> list[tuple[Tensor, slice | None]]:
+    """All rows with one on either side, and which rows of the weight they are; None for all.
 
-
-def _pieces(w: Tensor, groups: Groups) -> list[_Rows]:
-    """All rows, with two rows of anything around those at the edges.
-
-    What lies outside of a group is read and not looked at, so it may be anything that is there.
+    What lies outside of a group is read and not looked at, so it may be anything that is there:
+    rows in the middle lie between the first and the last, which are copied.
     """
     count, length = w.shape
-    if groups.m == 1:
-        return [_Rows([w], slice(0, count))]
     if w.numel() <= SMALL or count < 4:
         padded = w.new_empty(count + 2, length)
         padded[1:-1] = w
-        return [_inner(padded, groups, slice(0, count))]
-    padded = w.new_empty(4, length)
-    torch.stack((w[0], w[-1]), out=padded[1:3])
-    edges = slice(0, count, count - 1)
-    return [_inner(w, groups, slice(1, count - 1)), _inner(padded, groups, edges)]
+        return [(padded, None)]
+    edges = w.new_empty(4, length)
+    edges[1:3] = w[:: count - 1]
+    return [(w, slice(1, -1)), (edges, slice(0, count, count - 1))]
+
+
+def _by_row(step: Tensor, count: int) -> Tensor:
+    """Learned steps as they are, one a row, ``[rows, 1]``: kernels make them positive."""
+    return step.detach().float().reshape(-1, 1).expand(count, 1).contiguous()
 
 
 def forward_pass(
-    w: Tensor, step: Tensor, codes: Codes, mask: None, groups: Groups | None
-) -> tuple[Tensor, Tensor]:
-    """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums, without keeping the mask."""
-    groups = groups or DENSE
-    kernel = _one('weight_forward', groups.m)
-    member, scalars = _member(w.shape[1], groups), _scalars(codes, groups.n)
-    step = positive(step).reshape(-1, 1).expand(w.shape[0], 1)
-    compressed, by_row = torch.empty_like(w), w.new_empty(4, w.shape[0])
-    for latent, where in _pieces(w, groups):
-        targets = [compressed[where], *by_row[:, where]]
-        given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
-        kernel([*latent, member, step[where].contiguous(), scalars, *given])
-        _fill(targets, given)
-    powers = by_row[:3]
-    tied = _tied(by_row[3], w, groups)
+    w: Tensor, step: Tensor, codes: Codes, mask: Tensor | None, groups: Groups | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums and the mask.
+
+    The mask comes as :data:`~slope_mm.ops.kernel_code.MASK`, which is taken for a mask as well.
+    """
+    steps = _by_row(step, w.shape[0])
+    if mask is None and groups is not None:
+        return _find_mask(w, steps, codes, groups)
+    mask = None if mask is None else mask.to(MASK)
+    kernel = _one('given_forward', int(mask is not None))
+    compressed, *powers = kernel([w, *([] if mask is None else [mask]), steps, _scalars(codes)])
+    return compressed, torch.stack(powers), mask
+
+
+def _find_mask(
+    w: Tensor, steps: Tensor, codes: Codes, groups: Groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel, scalars = _one('weight_forward', groups.m), _scalars(codes, groups.n)
+    marker, member = _marker(groups.kernel), _member(w.shape[1], groups)
+    compressed, mask = torch.empty_like(w), torch.empty_like(w, dtype=MASK)
+    sums = w.new_empty(4, w.shape[0])
+    for rows, where in _pieces(w, groups):
+        if where is None:
+            found = kernel([rows, marker, member, steps, scalars, compressed, mask])
+            torch.stack(found, out=sums)
+            continue
+        targets = compressed[where], mask[where]
+        # A kernel takes nothing but contiguous tensors.
+        given = [t if t.is_contiguous() else torch.empty_like(t) for t in targets]
+        found = kernel([rows, marker, member, steps[where].contiguous(), scalars, *given])
+        sums[:, where] = torch.stack(found)
+        for target, its in zip(targets, given, strict=True):
+            if its is not target:
+                target.copy_(its)
+    powers = sums[:3]
+    tied = _tied(sums[3], w, groups)
     if tied is not None:
-        compressed[tied], powers[:, tied], _ = weight_pass.forward_pass(
-            w[tied], step[tied], codes, None, groups, sums=True
+        compressed[tied], powers[:, tied], kept = weight_pass.forward_pass(
+            w[tied], positive(steps[tied]), codes, None, groups, sums=True, keep_mask=True
         )
-    return compressed, powers
+        assert kept is not None
+        mask[tied] = kept.to(MASK)
+    return compressed, powers, mask
 
 
 def backward_pass(
@@ -156,7 +178,7 @@ def backward_pass(
     w: Tensor,
     step: Tensor,
     codes: Codes,
-    mask: None,
+    mask: Tensor | None,
     groups: Groups | None,
     *,
     powers: Tensor,
@@ -164,72 +186,37 @@ def backward_pass(
     gradient: str,
     decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`slope_mm.ops.weight_pass.backward_pass`; finds mask and compressed weight again.
+    """:func:`slope_mm.ops.weight_pass.backward_pass`; finds the compressed weight again.
 
-    The step's gradient is complete (:func:`slope_mm.ops.weight_pass.step_gradient`).
+    The sums are the forward pass's, and so is the mask, which is found again where it is missing.
+    The step's gradient is complete.
     """
-    groups = groups or DENSE
-    kernel = _one('weight_backward', groups.m)
-    member = _member(w.shape[1], groups)
-    scalars = _scalars(codes, groups.n, gradient, decay)
     count = w.shape[0]
-    s = positive(step).reshape(-1, 1)
     if grad is None:
         grad = torch.zeros_like(w)
-    if grad_powers is None:
-        by_latent = by_level = w.new_zeros(count, 1)
-    else:
-        by_latent, by_level = (2 * grad_powers[0]).view(-1, 1), grad_powers[1].view(-1, 1)
-    grad_w, sums = torch.empty_like(w), w.new_empty(2, count)
-    for latent, where in _pieces(w, groups):
-        targets = [grad_w[where], *sums[:, where]]
-        given = [t if t.is_contiguous() else w.new_empty(t.shape) for t in targets]
-        by_row = [x[where].contiguous() for x in (s.expand(count, 1), by_latent, by_level)]
-        kernel([grad[where].contiguous(), *latent, member, *by_row, scalars, *given])
-        _fill(targets, given)
-    grad_step = sums[0].unsqueeze(1)
-    tied = _tied(sums[1], w, groups)
-    if tied is not None:
-        rows, steps = w[tied], s.expand(count, 1)[tied]
-        compressed, _, kept = weight_pass.forward_pass(
-            rows, steps, codes, None, groups, sums=False, keep_mask=True
-        )
-        found, by_step = weight_pass.backward_pass(
-            grad[tied],
-            None if grad_powers is None else grad_powers[:, tied],
-            rows,
-            compressed,
-            steps,
-            codes,
-            kept,
-            groups=groups,
-            gradient=gradient,
-            decay=decay,
-            wants_weight=True,
-            wants_step=True,
-        )
-        assert found is not None and by_step is not None
-        grad_w[tied], grad_step[tied] = found, by_step
-    complete = step_gradient(grad_step, step, s, grad_powers, powers, grad_scale)
-    return grad_w, complete
+    grad_powers = torch.zeros_like(powers) if grad_powers is None else grad_powers.contiguous()
+    if mask is None and groups is not None:
+        mask = forward_pass(w, step, codes, None, groups)[2]
+    given = [grad, w, *([] if mask is None else [mask.to(MASK)])]
+    by_row = [_by_row(step, count), powers, grad_powers]
+    kernel = _one('weight_backward', int(mask is not None))
+    scalars = _scalars(codes, 0, gradient, decay, grad_scale)
+    grad_w, grad_step = kernel([*given, *by_row, scalars])
+    if step.numel() == 1 < count:
+        grad_step = grad_step.sum()
+    return grad_w, grad_step.reshape(step.shape).to(step.dtype)
 
 
 def _tied(kept_count: Tensor, w: Tensor, groups: Groups) -> Tensor | None:
     """Rows of which a kernel kept more than N of each group; None where there is none."""
-    if groups.m == 1:
+    expected = w.shape[1] // groups.m * groups.n
+    # No kernel keeps fewer, and what is not a number makes it keep more.
+    if float(kept_count.sum(dtype=torch.float64)) == expected * len(kept_count):
         return None
-    # Not a comparison with "more than": what is not a number goes to the plain pass as well.
-    tied = (kept_count != w.shape[1] // groups.m * groups.n).nonzero().flatten()
-    return tied if tied.numel() else None
+    return (kept_count != expected).nonzero().flatten()
 
 
-def _fill(targets: list[Tensor], given: list[Tensor]) -> None:
-    for target, found in zip(targets, given, strict=True):
-        if target is not found:
-            target.copy_(found)
-
-
-def _one(name: str, m: int) -> Callable[..., object]:
+def _one(name: str, m: int) -> Callable[..., Any]:
     found = kernel_store.kernels((name, m))
     assert found is not None
     return found[0]

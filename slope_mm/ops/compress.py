@@ -59,11 +59,10 @@ class Compress(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         latent = as_rows(w, *axes)
         kept = None if mask is None else as_rows(mask, *axes)
-        # Set by whoever does not hold the result: operators need not keep it either.
-        ctx.let_go = False
+        ctx.let_go, ctx.found = False, None
         ctx.kernels = fused.weight_kernels(latent, codes, mask, groups, gradient)
         if ctx.kernels is not None:
-            rows, powers = ctx.kernels.forward_pass(latent, step, codes, kept, groups)
+            rows, powers, ctx.found = ctx.kernels.forward_pass(latent, step, codes, kept, groups)
         else:
             s = None if step is None else positive(step).reshape(-1, 1)
             # A live mask is kept as rows; one that was given is somebody's already.
@@ -89,13 +88,14 @@ class Compress(torch.autograd.Function):
         grad_step: Tensor | None
         upstream = None if grad is None else as_rows(grad, *axes)
         if ctx.kernels is not None:
+            found, ctx.found = ctx.found, None
             rows, grad_step = ctx.kernels.backward_pass(
                 upstream,
                 grad_powers,
                 as_rows(w, *axes),
                 step,
                 codes,
-                kept,
+                kept if found is None else found,
                 groups,
                 powers=powers,
                 grad_scale=grad_scale,
@@ -126,6 +126,14 @@ class Compress(torch.autograd.Function):
         return grad_w, grad_step, *[None] * 8
 
     @staticmethod
+    def let_go(node: Any) -> None:
+        """Says that nobody holds what a graph node compressed: operators need not keep it either.
+
+        What is found once more with it need not be kept until then.
+        """
+        node.let_go, node.found = True, None
+
+    @staticmethod
     def again(node: Any) -> Tensor:
         """What the forward of a graph node compressed, computed once more; without a graph."""
         if 'unpacked' not in node.__dict__:
@@ -134,7 +142,9 @@ class Compress(torch.autograd.Function):
         w, step, kept, _, _ = node.unpacked
         codes, groups, axes, *_ = node.how
         with torch.no_grad():
-            rows, _ = node.kernels.forward_pass(as_rows(w, *axes), step, codes, kept, groups)
+            rows, _, node.found = node.kernels.forward_pass(
+                as_rows(w, *axes), step, codes, kept, groups
+            )
             return from_rows(rows, tuple(w.shape), *axes)
 
 

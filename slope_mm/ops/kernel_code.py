@@ -5,6 +5,9 @@ is found without laying the groups out: a member's rank is counted by comparing 
 of its group, which lie a multiple of ``kernel`` positions away along the row, so that every load is
 contiguous whatever the kernel size, and one compiled loop serves all layers of a group size.
 
+Those at the first and the last row's ends lie outside of what is worked on, so a weight is handed
+over with a row of anything on either side, or as one whose first and last row are not worked on.
+
 Equal magnitudes are not told apart, which would cost as much again. Each kernel counts what it kept
 a row: where that is more than N of each group, equal ones stood at the limit, and the row has to be
 done over by a pass that knows which of them stays.
@@ -18,10 +21,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slope_mm.ops.quantization import SMALLEST_STEP
+
 # Finite in fp32: times a gradient of zero it stays zero.
 LARGEST = 3e38
+# A kept weight's 1 and a pruned one's 0 lie in memory as this: bytes are read one at a time.
+MASK = torch.bfloat16
 # Scalars of a kernel, in this order: an fp32 vector, so that other values need no other kernel.
-SCALARS = ('low', 'high', 'offset', 'kept', 'pruned_share', 'decay')
+SCALARS = ('low', 'high', 'offset', 'kept', 'pruned_share', 'decay', 'grad_scale')
+
+
+def _around(rows: Tensor, marker: Tensor, m: int) -> tuple[Tensor, list[Tensor]]:
+    """The rows to work on, and for each distance from 1 to M - 1 their groups' other members.
+
+    Args:
+        rows: The rows to work on and one on either side.
+        marker: As long as a kernel is large, and two more: a size that may be 1 would be a constant
+            to the compiler, and a number would have to be a tensor's value.
+        m: The group size.
+
+    Returns:
+        ``(w, others)``: ``[rows, length]``, and two for each distance: the weights that many
+        members on, and those of the same cyclic distance before. What belongs to another group is
+        not looked at.
+    """
+    kernel, (count, length) = marker.shape[0] - 2, rows.shape
+
+    def moved(positions: int) -> Tensor:
+        # All of one tensor: slices of it would ask for proofs that they lie in it.
+        return rows.as_strided((count - 2, length), (length, 1), length + positions)
+
+    others = []
+    for distance in range(1, m):
+        others += [moved(distance * kernel), moved((distance - m) * kernel)]
+    return moved(0), others
 
 
 def _kept(w: Tensor, others: Sequence[Tensor], member: Tensor, count: Tensor) -> Tensor:
@@ -29,8 +62,7 @@ def _kept(w: Tensor, others: Sequence[Tensor], member: Tensor, count: Tensor) ->
 
     Args:
         w: ``[rows, length]``.
-        others: For each distance from 1 to M - 1 the weights that many members on, and those of the
-            same cyclic distance before; what belongs to another group is not looked at.
+        others: Of :func:`_around`.
         member: ``[length]``, each position's index in its group.
         count: How many are kept.
     """
@@ -43,71 +75,90 @@ def _kept(w: Tensor, others: Sequence[Tensor], member: Tensor, count: Tensor) ->
     return rank < count
 
 
+def _positive(step: Tensor) -> Tensor:
+    """:func:`~slope_mm.ops.quantization.positive`."""
+    return step.abs().clamp_min(SMALLEST_STEP)
+
+
 def _level(scaled: Tensor, scalars: Tensor) -> Tensor:
     """``x / step`` to levels in units of the step."""
     return torch.clamp(torch.round(scaled - scalars[2]), scalars[0], scalars[1]) + scalars[2]
 
 
+def _powers(w: Tensor, level: Tensor) -> tuple[Tensor, ...]:
+    return (w * w).sum(1), (w * level).sum(1), (level * level).sum(1)
+
+
 class WeightForward(nn.Module):
-    """Compressed rows, and of each the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ`` and what was kept."""
+    """Compressed rows and their masks; of each row ``w·w``, ``w·ŵ``, ``ŵ·ŵ`` and what was kept."""
+
+    def __init__(self, m: int) -> None:
+        super().__init__()
+        self.m = m
 
     def forward(
         self,
-        w: Tensor,
-        others: list[Tensor],
+        rows: Tensor,
+        marker: Tensor,
         member: Tensor,
         step: Tensor,
         scalars: Tensor,
         compressed: Tensor,
-        latent_power: Tensor,
-        product: Tensor,
-        level_power: Tensor,
-        kept_count: Tensor,
-    ) -> tuple[()]:
-        level = _level(w / step, scalars) * step
-        if others:
-            # As a number: a boolean that is used twice would be stored, and read a byte at a time.
-            kept = _kept(w, others, member, scalars[3]).to(torch.float32)
-            level = level * kept
-            kept_count.copy_(kept.sum(1))
+        mask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        w, others = _around(rows, marker, self.m)
+        # As a number: a boolean that is used twice would be stored, and read a byte at a time.
+        kept = _kept(w, others, member, scalars[3]).to(torch.float32)
+        step = _positive(step)
+        level = _level(w / step, scalars) * step * kept
         compressed.copy_(level)
-        latent_power.copy_((w * w).sum(1))
-        product.copy_((w * level).sum(1))
-        level_power.copy_((level * level).sum(1))
-        return ()
+        mask.copy_(kept)
+        return *_powers(w, level), kept.sum(1)
+
+
+class GivenForward(nn.Module):
+    """The same under a mask that is there already, or under none."""
+
+    def forward(
+        self, w: Tensor, mask: Tensor | None, step: Tensor, scalars: Tensor
+    ) -> tuple[Tensor, ...]:
+        step = _positive(step)
+        level = _level(w / step, scalars) * step
+        if mask is not None:
+            level = level * mask
+        return level, *_powers(w, level)
 
 
 class WeightBackward(nn.Module):
-    """The gradient of rows, and the step's: one value a row, as what was kept."""
+    """The gradient of rows, and of each row the learned step's."""
 
     def forward(
         self,
         grad: Tensor,
         w: Tensor,
-        others: list[Tensor],
-        member: Tensor,
+        mask: Tensor | None,
         step: Tensor,
-        by_latent: Tensor,
-        by_level: Tensor,
+        powers: Tensor,
+        grad_powers: Tensor,
         scalars: Tensor,
-        grad_w: Tensor,
-        grad_step: Tensor,
-        kept_count: Tensor,
-    ) -> tuple[()]:
-        scaled = w / step
+    ) -> tuple[Tensor, ...]:
+        s = _positive(step)
+        scaled = w / s
         level = _level(scaled, scalars)
         low, high = scalars[0] + scalars[2], scalars[1] + scalars[2]
         passed = torch.where((scaled > low) & (scaled < high), grad, 0.0)
         by_step = grad * level - passed * scaled
-        if others:
-            kept = _kept(w, others, member, scalars[3])
-            kept_count.copy_(kept.to(torch.float32).sum(1))
+        if mask is not None:
+            kept = mask.to(torch.float32) > 0
             level = torch.where(kept, level, 0.0)
             by_step = torch.where(kept, by_step, 0.0)
             passed = torch.where(kept, passed, grad * scalars[4] + w * scalars[5])
-        grad_w.copy_(passed + (w * by_latent + level * step * by_level))
-        grad_step.copy_(by_step.sum(1))
-        return ()
+        by_latent, by_level = 2 * grad_powers[0].unsqueeze(1), grad_powers[1].unsqueeze(1)
+        # As slope_mm.ops.weight_pass.step_gradient has it.
+        exact = (grad_powers[1] * powers[1] + 2 * grad_powers[2] * powers[2]).unsqueeze(1)
+        grad_step = by_step.sum(1, keepdim=True) + exact / s
+        grad_step = grad_step * scalars[6] * torch.where(step < 0, -1.0, 1.0)
+        return passed + (w * by_latent + level * s * by_level), grad_step
 
 
 class ActivationForward(nn.Module):
@@ -157,41 +208,50 @@ class Example(NamedTuple):
     dynamic: tuple[Any, ...]
 
 
+# Of weights, as kernels are exported with: 6 rows of 8 groups.
+_ROWS = 6
+
+
 def weight_forward(m: int) -> Example:
-    """The forward pass for groups of ``m``; 1 for no groups."""
+    """The forward pass for groups of ``m``."""
     rows, length = torch.export.Dim('rows', min=2), torch.export.Dim('length', min=2)
-    both, row = {0: rows, 1: length}, {0: rows}
-    others = [torch.randn(6, 8 * m) for _ in range(2 * (m - 1))]
+    marker = torch.export.Dim('marker', min=3)
+    both = {0: rows, 1: length}
     inputs = (
-        torch.randn(6, 8 * m),
-        others,
+        torch.randn(_ROWS + 2, 8 * m),
+        torch.zeros(5),
         torch.zeros(8 * m),
-        torch.ones(6, 1),
+        torch.ones(_ROWS, 1),
         torch.ones(len(SCALARS)),
-        torch.randn(6, 8 * m),
-        *(torch.zeros(6) for _ in range(4)),
+        torch.randn(_ROWS, 8 * m),
+        torch.zeros(_ROWS, 8 * m, dtype=MASK),
     )
-    dynamic = (both, [both for _ in others], {0: length}, row, None, both, row, row, row, row)
-    return Example(WeightForward(), inputs, dynamic)
+    dynamic = ({0: rows + 2, 1: length}, {0: marker}, {0: length}, {0: rows}, None, both, both)
+    return Example(WeightForward(m), inputs, dynamic)
 
 
-def weight_backward(m: int) -> Example:
-    """The backward pass for groups of ``m``; 1 for no groups."""
+def _of_rows(masked: int) -> tuple[Tensor, Tensor | None, Any, Any, Any]:
+    """A weight and a mask or None, with the sizes that vary, and those of a row."""
     rows, length = torch.export.Dim('rows', min=2), torch.export.Dim('length', min=2)
-    both, row = {0: rows, 1: length}, {0: rows}
-    others = [torch.randn(6, 8 * m) for _ in range(2 * (m - 1))]
-    inputs = (
-        torch.randn(6, 8 * m),
-        torch.randn(6, 8 * m),
-        others,
-        torch.zeros(8 * m),
-        *(torch.ones(6, 1) for _ in range(3)),
-        torch.ones(len(SCALARS)),
-        torch.randn(6, 8 * m),
-        *(torch.zeros(6) for _ in range(2)),
-    )
-    around = [both for _ in others]
-    dynamic = (both, both, around, {0: length}, row, row, row, None, both, row, row)
+    both = {0: rows, 1: length}
+    mask = torch.zeros(_ROWS, 32, dtype=MASK) if masked else None
+    return torch.randn(_ROWS, 32), mask, both, both if masked else None, {0: rows}
+
+
+def given_forward(masked: int) -> Example:
+    """The forward pass under a mask that is given (1), or without one (0)."""
+    w, mask, both, of_mask, row = _of_rows(masked)
+    inputs = (w, mask, torch.ones(_ROWS, 1), torch.ones(len(SCALARS)))
+    return Example(GivenForward(), inputs, (both, of_mask, row, None))
+
+
+def weight_backward(masked: int) -> Example:
+    """The backward pass under a mask (1), or without one (0)."""
+    w, mask, both, of_mask, row = _of_rows(masked)
+    step, powers = torch.ones(_ROWS, 1), [torch.ones(3, _ROWS) for _ in range(2)]
+    inputs = (torch.randn_like(w), w, mask, step, *powers, torch.ones(len(SCALARS)))
+    by_row = {1: row[0]}
+    dynamic = (both, both, of_mask, row, by_row, by_row, None)
     return Example(WeightBackward(), inputs, dynamic)
 
 
@@ -220,6 +280,7 @@ def activation_backward(_: int) -> Example:
 
 EXAMPLES: dict[str, Callable[[int], Example]] = {
     'weight_forward': weight_forward,
+    'given_forward': given_forward,
     'weight_backward': weight_backward,
     'activation_forward': activation_forward,
     'activation_backward': activation_backward,

@@ -82,8 +82,8 @@ def forward_pass(
     codes: Codes | None,
     mask: Tensor | None,
     groups: Groups | None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums, which the mask is not kept of.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`slope_mm.ops.weight_pass.forward_pass` with all sums; the mask is found again.
 
     Args:
         w: ``[rows, length]``, contiguous, fp32, fp16 or bf16.
@@ -93,7 +93,7 @@ def forward_pass(
         groups: N:M groups to keep the largest of.
 
     Returns:
-        ``(compressed, sums)``: like ``w``; ``[3, rows]`` in fp32.
+        ``(compressed, sums, mask)``: like ``w``; ``[3, rows]`` in fp32; the mask as given.
     """
     compressed = torch.empty_like(w)
     powers = torch.empty(3, w.shape[0], dtype=torch.float32, device=w.device)
@@ -112,7 +112,7 @@ def forward_pass(
             **code_range(codes),
             **shape_of(w.shape[1], groups),
         )
-    return compressed, powers
+    return compressed, powers, mask
 
 
 def backward_pass(

@@ -93,4 +93,5 @@ def test_no_weight_waits_for_the_backward_pass() -> None:
     weights = sum(layer.weight.nbytes for layer in layers)
     held, let_go = (bytes_held(net, layers, x, which) for which in (False, True))
     assert held > weights
-    assert held - let_go > 0.95 * weights
+    # The compressed weight, and two bytes a weight for the mask.
+    assert held - let_go > 1.45 * weights

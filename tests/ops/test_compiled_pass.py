@@ -88,17 +88,15 @@ def test_weights_compiled(shape: tuple[int, ...], gradient: str) -> None:
 
 
 def uncompiled(name: str, m: int) -> Any:
-    """A kernel's code as it is, called as a kernel is: with all its inputs in one list."""
+    """A kernel's code as it is, called as a kernel is: with the inputs it has in one list."""
     example = kernel_code.EXAMPLES[name](m)
 
-    def run(inputs: Sequence[Tensor]) -> None:
-        rest, shaped = list(inputs), []
-        for like in example.inputs:
-            count = len(like) if isinstance(like, list) else None
-            shaped.append(rest.pop(0) if count is None else [rest.pop(0) for _ in range(count)])
+    def run(inputs: Sequence[Tensor]) -> Any:
+        rest = list(inputs)
+        shaped = [None if like is None else rest.pop(0) for like in example.inputs]
         assert not rest
         with torch.no_grad():
-            example.module(*shaped)
+            return example.module(*shaped)
 
     return run
 
@@ -108,8 +106,8 @@ def test_rows_with_equal_magnitudes_at_the_limit_are_done_over(
     m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if m > 4:
-        for name in ('weight_forward', 'weight_backward'):
-            monkeypatch.setitem(kernel_store._loaded, (name, m), uncompiled(name, m))
+        name = ('weight_forward', m)
+        monkeypatch.setitem(kernel_store._loaded, name, uncompiled(*name))
     w = torch.randn(64, 96, 3, 3, generator=torch.Generator().manual_seed(0))
     # The second and the third largest, so that one of them goes; the two largest, which both stay.
     order = w[:, :m, 1, 1].abs().argsort(dim=1, descending=True)
@@ -126,14 +124,15 @@ def test_rows_with_equal_magnitudes_at_the_limit_are_done_over(
 
     codes, groups = weight_codes('lsq', 4), Groups(2, m, 9)
     rows, step = w.flatten(1), torch.full((64, 1), 0.2)
-    expected, powers, _ = plain(rows, step, codes, None, groups, sums=True)
+    expected, powers, kept = plain(rows, step, codes, None, groups, sums=True, keep_mask=True)
     with fused():
         kernels = weight_kernels(rows, codes, None, groups, 'ste')
     assert kernels is not None
     monkeypatch.setattr(weight_pass, 'forward_pass', watched)
-    found, sums = kernels.forward_pass(rows, step, codes, None, groups)
+    found, sums, mask = kernels.forward_pass(rows, step, codes, None, groups)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(sums, powers, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert torch.equal(mask.bool(), kept)
     assert [len(some) for some in redone] == [3]
     assert torch.equal(redone[0][0], rows[5])
 
@@ -143,9 +142,10 @@ def test_rows_with_equal_magnitudes_at_the_limit_are_done_over(
 def test_other_groups(
     shape: tuple[int, ...], n: int, m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ('weight_forward', 'weight_backward'):
-        monkeypatch.setitem(kernel_store._loaded, (name, m), uncompiled(name, m))
     pattern = NMPattern(n, m) if m > 1 else None
+    for name in ('weight_forward', m), ('given_forward', 0), ('weight_backward', 0):
+        # Those under masks are the same for all groups.
+        monkeypatch.setitem(kernel_store._loaded, name, uncompiled(*name))
     if pattern is None or shape[1] % m == 0:
         assert_equal_passes(shape, pattern, weight_codes('symmetric', 3), 0)
 
@@ -177,13 +177,25 @@ def test_activations_compiled(
     torch.testing.assert_close(found[2], by_step, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('gradient', ['ste', 'sr_ste', 'masked'])
+def test_masks_that_are_given(gradient: str) -> None:
+    w = torch.randn(40, 24, 3, 3, generator=torch.Generator().manual_seed(0))
+    codes, step, mask = weight_codes('lsq', 4), torch.full((40, 1, 1, 1), 0.1), w.abs() > 0.8
+    with fused():
+        assert weight_kernels(w.flatten(1), codes, mask.flatten(1), None, gradient) is not None
+        found = both_ways(w, step, codes, None, mask=mask, gradient=gradient, decay=0.1)
+    plain = both_ways(w, step, codes, None, mask=mask, gradient=gradient, decay=0.1)
+    assert torch.equal(plain[0], found[0])
+    for expected, other in zip(plain[1:], found[1:], strict=True):
+        torch.testing.assert_close(other, expected, rtol=2e-5, atol=2e-5)
+
+
 def test_what_kernels_do_not_know_is_left_to_the_plain_pass() -> None:
     codes, groups = weight_codes('lsq', 4), Groups(2, 4, 1)
     w = torch.randn(4, 8)
     with fused():
         assert weight_kernels(w, codes, None, groups, 'ste') is not None
         assert weight_kernels(w, None, None, groups, 'ste') is None
-        assert weight_kernels(w, codes, w > 0, groups, 'ste') is None
         assert weight_kernels(w, codes, None, groups, 'soft') is None
         assert weight_kernels(w.double(), codes, None, groups, 'ste') is None
         assert weight_kernels(w[:1], codes, None, groups, 'ste') is None
