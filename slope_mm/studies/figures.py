@@ -88,7 +88,7 @@ def _draw_cost(
                 ]
                 if placed:
                     face = 'white' if hollow else None
-                    draw_series(one, index, label, placed, '', face)
+                    draw_series(one, spec.look(label), label, placed, '', face)
                     any_hollow |= hollow
             labels += [(cost(row), setting(row)) for row, _, _ in points]
         one.set_xscale('log')
@@ -228,7 +228,8 @@ def _categories(
                 (order.index(x) + dodge, summary.mean, summary) for x, summary, _ in points
             )
             if placed:
-                draw_series(one, index, series, [(x, summary) for x, _, summary in placed], line)
+                placed_at = [(x, summary) for x, _, summary in placed]
+                draw_series(one, spec.look(series), series, placed_at, line)
         one.set_xticks(range(len(order)), names)
         one.set_xlim(-0.4, len(order) - 0.6)
         one.set_xlabel(label)
@@ -255,7 +256,8 @@ def _draw_lambda(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
             dodge = 10 ** (0.04 * (index - (len(spec.series) - 1) / 2))
             placed = sorted((x * dodge, summary.mean, summary) for x, summary, _ in points)
             if placed:
-                draw_series(one, index, series, [(x, summary) for x, _, summary in placed])
+                placed_at = [(x, summary) for x, _, summary in placed]
+                draw_series(one, spec.look(series), series, placed_at)
         one.set_xscale('log')
         exponents = range(
             math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1
@@ -275,7 +277,7 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
     drawn = False
     for one, (key, label) in zip(axes, CURVES.items(), strict=True):
         scale = 100.0 if key == 'flip_rate' else 1.0
-        for index, (series, arms) in enumerate(spec.series.items()):
+        for series, arms in spec.series.items():
             looks: dict[int, list[float]] = {}
             for arm in arms:
                 for row in results.of(task.name, arm):
@@ -290,7 +292,7 @@ def _draw_curves(spec: FigureSpec, task: Task, results: Results, path: Path) -> 
             summaries = [summarize(looks[i]) for i in iterations]
             means = [summary.mean for summary in summaries]
             spread = [summary.deviation or 0.0 for summary in summaries]
-            colour = COLOURS[index % len(COLOURS)]
+            colour = COLOURS[spec.look(series) % len(COLOURS)]
             mark = 'o' if len(iterations) < 3 else ''
             one.plot(iterations, means, marker=mark, color=colour, linewidth=1.4, label=series)
             one.fill_between(

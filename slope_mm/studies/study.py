@@ -104,7 +104,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """A picture of the results: its kind, file name and the arms of each series."""
+    """A picture of the results: its kind, file name and the arms of each series.
+
+    Attributes:
+        kind: What is drawn against what.
+        name: Of its file, without the task's.
+        series: Label to arms.
+        title: What stands above it.
+        reference: Arm that is drawn as a line.
+        tasks: The tasks that have it; None for all.
+        labels: All labels of the study's figures: a label looks the same in each of them.
+    """
 
     kind: str
     name: str
@@ -112,6 +122,11 @@ class FigureSpec:
     title: str = ''
     reference: str | None = None
     tasks: tuple[str, ...] | None = None
+    labels: tuple[str, ...] = ()
+
+    def look(self, label: str) -> int:
+        """Which of the colours and markers a label has."""
+        return (self.labels or tuple(self.series)).index(label)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,10 @@ def parse_study(given: Mapping[str, Any], name: str, quick: bool = False) -> Stu
         ),
     )
     _unique([figure.name for figure in study.figures], 'figures', 'name')
+    labels = list(dict.fromkeys(label for figure in study.figures for label in figure.series))
+    study = replace(
+        study, figures=tuple(replace(figure, labels=tuple(labels)) for figure in study.figures)
+    )
     return _shortened(study, short, tasks) if quick else study
 
 

@@ -12,6 +12,7 @@ from synthetic import synthetic_results
 
 from slope_mm.errors import DataError
 from slope_mm.studies.figures import draw_figures
+from slope_mm.studies.panels import COLOURS
 from slope_mm.studies.results import Results, read_results
 from slope_mm.studies.statistics import paired_difference, summarize
 from slope_mm.studies.study import Study
@@ -145,6 +146,22 @@ def test_every_figure_is_drawn_where_there_are_rows(study: Study, tmp_path: Path
     for path in written:
         image = cv2.imread(str(path))
         assert (image < 200).any(2).sum() > 2000, 'a picture is more than white'
+
+
+def test_a_label_has_one_colour_in_all_pictures_of_a_study(tmp_path: Path) -> None:
+    study = read_study(ROOT / 'configs/studies/1_regularizers.py')
+    results = synthetic_results(study)
+    results.rows = [row for row in results.rows if row['arm'].startswith('SLOPE')]
+    written = draw_figures(study, results, tmp_path)
+    assert {path.name.partition('_')[0] for path in written} == {'size', 'bits', 'curves'}
+    for path in written:
+        image = cv2.imread(str(path)).astype(int)
+        counts = [
+            int((abs(image - [int(colour[i : i + 2], 16) for i in (5, 3, 1)]) < 8).all(2).sum())
+            for colour in COLOURS[:6]
+        ]
+        # Of dense, naive, L2, SLOPE in the order of the first picture.
+        assert counts.index(max(counts)) == 3, (path.name, counts)
 
 
 def test_a_lambda_curve_and_a_pattern_axis_are_drawn(tmp_path: Path) -> None:
