@@ -118,6 +118,10 @@ tables = [
         ],
     ),
     dict(
+        title='A tenth of lambda',
+        pairs=[['low lambda W2', 'SLOPE 2:4 W2'], ['low lambda W2', 'naive 2:4 W2']],
+    ),
+    dict(
         title='The order of the paper: SLOPE above L2 above naive',
         pairs=[
             [f'{_arm} 2:4 {_bits}', f'{_base} 2:4 {_bits}']
