@@ -4,8 +4,8 @@ title = 'Distillation, and batch norm statistics'
 seeds = [0, 1, 2]
 _recipe = dict(weight=dict(sparsity='2:4', bits=2))
 _cosine = dict(type='cosine', weight=1.0)
-# The teacher is the fp32 detector of three epochs, which is above all students; the dense start
-# (12 epochs from scratch) is below them. `python tools/train.py` makes it of
+# The teacher is the fp32 detector of three epochs, as the dense start (12 epochs
+# from scratch) is below its students. `python tools/train.py` makes it of
 # configs/mask_rcnn_r18_shapes_scratch.py first and of configs/mask_rcnn_r18_shapes_fp32.py then.
 _teacher = dict(
     type='slope_mm.SlopeDistillationHook',

@@ -25,7 +25,8 @@ from slope_mm.ops.quantization import SMALLEST_STEP
 
 # Finite in fp32: times a gradient of zero it stays zero.
 LARGEST = 3e38
-# A kept weight's 1 and a pruned one's 0 lie in memory as this: bytes are read one at a time.
+# A kept weight's 1 and a pruned one's 0 lie in memory as this: a kernel that loads bytes for them
+# takes more than twice as long.
 MASK = torch.bfloat16
 # Scalars of a kernel, in this order: an fp32 vector, so that other values need no other kernel.
 SCALARS = ('low', 'high', 'offset', 'kept', 'pruned_share', 'decay', 'grad_scale')
