@@ -11,6 +11,7 @@ from mmengine.utils import get_installed_path
 import slope_mm  # noqa: F401 - registers the plug-ins
 from slope_mm.analysis.plan import child_config, config_report, read_recipe
 from slope_mm.engine import launch
+from slope_mm.engine.dense_start import refuse_compressed
 from slope_mm.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent.parent / 'configs' / '_base_' / 'recipes'
@@ -23,6 +24,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--recipe', default='w4a4', help='a recipe of configs/_base_/recipes, or a file of your own'
+    )
+    parser.add_argument(
+        '--load-from',
+        help="the trained detector to compress: a checkpoint or URL (default: config's)",
     )
     parser.add_argument('-o', '--out', type=Path, help='the config to write; none: print the plan')
     parser.add_argument('--force', action='store_true', help='replace OUT where it exists')
@@ -41,6 +46,10 @@ def main() -> None:
         raise ConfigError(f"'{args.out}' is there already; choose another name or add --force")
     path = installed_config(args.config) if '::' in args.config else args.config
     config = launch.read_config(path)
+    if args.load_from is not None:
+        refuse_compressed(args.load_from)
+        launch.check_checkpoint(launch.build_model(config), args.load_from, complete=False)
+        config.load_from = args.load_from
     recipe = read_recipe(args.recipe, RECIPES)
     plan = config_report(config, recipe['recipe'], f'{args.config} with recipe {args.recipe}')
     print(plan)
@@ -51,6 +60,8 @@ def main() -> None:
         # Read back: what was written has to inherit.
         Config.fromfile(str(args.out))
         print(f'\nWrote {args.out}: python tools/train.py {args.out}')
+        if not config.get('load_from'):
+            print('First set load_from in it: the trained detector to compress')
 
 
 if __name__ == '__main__':

@@ -56,7 +56,9 @@ def main() -> None:
         launch.use_auto_scale_lr(config)
     launch.use_resume(config, args.resume)
     launch.check_before_training(config)
-    launch.build_runner(config).train()
+    runner = launch.build_runner(config)
+    launch.warn_without_start(runner)
+    runner.train()
 
 
 if __name__ == '__main__':

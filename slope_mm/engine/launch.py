@@ -164,6 +164,22 @@ def check_before_training(config: Config) -> None:
     check_work_dir(config.work_dir)
 
 
+def warn_without_start(runner: Runner) -> None:
+    """Logs a warning where a compressed detector would learn everything from the first iteration.
+
+    Compression is fine-tuning; a stock config leaves ``load_from`` empty, and what inherits it too.
+    """
+    config = runner.cfg
+    starts = config.get('load_from') or config.get('resume') or config.model.get('init_cfg')
+    if starts or not compressed_layers(runner.model):
+        return
+    runner.logger.warning(
+        'SLOPE: load_from is empty, so that this model trains compressed from the first iteration,'
+        ' on its backbone weights at best; to compress a trained detector, set'
+        " load_from='its_checkpoint.pth'"
+    )
+
+
 def check_before_testing(config: Config, checkpoint: str) -> None:
     """The same for an evaluation; the checkpoint has to fit completely.
 

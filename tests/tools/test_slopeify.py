@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 from mmengine.config import Config
 
 import slope_mm
@@ -73,6 +74,40 @@ def test_hooks_and_constructors_of_the_stock_config_are_kept(
     assert config.optim_wrapper.base_constructor == 'LearningRateDecayOptimizerConstructor'
     assert config.optim_wrapper.paramwise_cfg.num_layers == 6
     assert "_base_ = ['stock.py']" in out.read_text()
+
+
+def test_the_detector_to_compress_is_named_by_the_config(
+    run: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dense_run: tiny.Run,
+    slope_run: tiny.Run,
+) -> None:
+    out = tmp_path / 'child.py'
+    run('slopeify', str(dense_run.file), '-o', str(out))
+    assert 'set load_from' in capsys.readouterr().out
+    assert Config.fromfile(str(out)).load_from is None
+    start = str(dense_run.checkpoint)
+    run('slopeify', str(dense_run.file), '--load-from', start, '-o', str(out), '--force')
+    assert 'set load_from' not in capsys.readouterr().out
+    assert Config.fromfile(str(out)).load_from == start
+    text = out.read_text()
+    for wrong, word in (
+        (slope_run.checkpoint, 'is of a compressed'),
+        ('none.pth', 'no checkpoint'),
+    ):
+        with pytest.raises(SystemExit):
+            run(
+                'slopeify',
+                str(dense_run.file),
+                '--load-from',
+                str(wrong),
+                '-o',
+                str(out),
+                '--force',
+            )
+        assert word in capsys.readouterr().err
+        assert out.read_text() == text
 
 
 @pytest.mark.parametrize(
