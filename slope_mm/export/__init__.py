@@ -1,6 +1,6 @@
 """ONNX: a detector's heavy parts as quantized graphs, and detectors that run them.
 
-Needs onnx and onnxruntime (``pip install slope_mm[export]``); :func:`require_runtime` asks for
+Needs onnx and onnxruntime (the extra ``export``); :func:`require_runtime` asks for
 them, and importing this package alone does not.
 """
 
@@ -21,5 +21,5 @@ def require_runtime() -> None:
         except ImportError as error:
             raise ExportError(
                 f'{name} cannot be imported ({error}): exporting to ONNX and running exports need'
-                " it; install it with: pip install 'slope_mm[export]'"
+                ' it; install it with: python -m pip install onnx onnxruntime ml_dtypes'
             ) from None
