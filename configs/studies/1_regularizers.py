@@ -78,6 +78,9 @@ arms = [
     dict(name='odd SLOPE W4', recipe=_odd(_w4), regularizer=_cosine),
     dict(name='odd SLOPE W4A4', recipe=_odd(_w4a4), regularizer=_cosine),
     dict(name='low lambda W2', recipe=_w2, regularizer=dict(type='cosine', weight=0.1)),
+    # Where the start still has to learn, SLOPE ends at the higher training loss (study 14): lambda
+    # rises from 0 all the time.
+    dict(name='late SLOPE W2', recipe=_w2, regularizer=_cosine, schedule=dict(warmup=1.0)),
 ]
 tables = [
     dict(
@@ -111,6 +114,7 @@ tables = [
             'naive 2:4 W2',
             'SLOPE 2:4 W2',
             'low lambda W2',
+            'late SLOPE W2',
             'odd naive W2',
             'odd SLOPE W2',
             'SLOPE 2:4 W4',
@@ -134,6 +138,10 @@ tables = [
     dict(
         title='A tenth of lambda',
         pairs=[['low lambda W2', 'SLOPE 2:4 W2'], ['low lambda W2', 'naive 2:4 W2']],
+    ),
+    dict(
+        title='A lambda that acts late',
+        pairs=[['late SLOPE W2', 'SLOPE 2:4 W2'], ['late SLOPE W2', 'naive 2:4 W2']],
     ),
     dict(
         title='The order of the paper: SLOPE above L2 above naive',
