@@ -60,6 +60,12 @@ tables = [
         ],
     ),
     dict(
+        title='SGD',
+        arms=['fp32', 'naive 2:4 *', 'L2 2:4 *', 'SLOPE 2:4 *'],
+        against='fp32',
+        reference='fp32',
+    ),
+    dict(
         title='The order of the paper under SGD',
         pairs=[
             [f'{_a} {_r}', f'{_b} {_r}']

@@ -52,7 +52,7 @@ def test_a_shipped_study_shows_all_of_its_arms(path: Path) -> None:
 
 def test_all_studies_of_the_programme_are_there() -> None:
     numbers = sorted(int(path.stem.split('_')[0]) for path in SHIPPED)
-    assert numbers == list(range(1, 15))
+    assert numbers == list(range(1, 16))
 
 
 def test_the_key_arms_have_five_seeds_on_shapes_and_three_on_nuclei() -> None:
@@ -60,7 +60,7 @@ def test_the_key_arms_have_five_seeds_on_shapes_and_three_on_nuclei() -> None:
     counts = {
         task.name: {len(study.seeds(task, arm)) for arm in study.arms} for task in study.tasks
     }
-    assert counts == {'shapes': {5}, 'nuclei': {3}, 'shapes_brief': {5}}
+    assert counts == {'shapes': {5}, 'nuclei': {3}, 'nuclei_long': {3}, 'shapes_brief': {5}}
 
 
 def test_lambda_is_swept_over_five_decades() -> None:
