@@ -141,7 +141,7 @@ def _scale(layer: nn.Module, factor: Tensor) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     shape = [1] * weight.dim()
     shape[1 if isinstance(layer, nn.ConvTranspose2d) else 0] = -1
-    if isinstance(layer, CompressedLayer) and layer.mask is not None:
+    if isinstance(layer, CompressedLayer) and layer.mask is not None and layer.slope_mask is None:
         layer.hold_mask()
     if not isinstance(layer, CompressedLayer) or layer.step is None:
         weight.mul_(factor.reshape(shape))

@@ -151,3 +151,20 @@ def test_one_step_for_a_tensor_cannot_take_a_factor_for_each_channel(net: nn.Mod
     assert batch_norm_pairs(model) == []
     with pytest.raises(SlopeError, match='leave folding out'):
         slope_mm.fold_batch_norms(model)
+
+
+def test_a_frozen_mask_outlives_folding() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    slope_mm.convert(net, dict(weight=dict(sparsity='2:4', bits=4, codes='symmetric')))
+    layer, image = net[0], torch.randn(2, 8, 6, 6)
+    layer.hold_mask()
+    with torch.no_grad():
+        # Another weight than the one that the mask was frozen for.
+        layer.weight.copy_(torch.randn_like(layer.weight))
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2)
+        before, mask = net(image), layer.mask.clone()
+        assert not torch.equal(layer.live_mask(), mask)
+        folded = slope_mm.fold_batch_norms(net)
+        torch.testing.assert_close(folded(image), before)
+    assert torch.equal(folded[0].mask, mask)

@@ -42,6 +42,26 @@ class RegularizerGuard:
             raise ConfigError(NO_REGULARIZER)
 
 
+class StepsAfterInit:
+    """A compressed model's ``init_weights``: the stock one, which may not choose the steps.
+
+    Detectors of DETR's family draw every parameter of two dimensions at random, learned steps too.
+
+    Args:
+        model: The model whose attribute this becomes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self) -> None:
+        type(self.model).init_weights(self.model)
+        for layer in compressed_layers(self.model).values():
+            # A checkpoint of a compressed model (init_cfg) brings its own.
+            if not layer._step_ready:
+                layer._await_initialisation()
+
+
 @MODELS.register_module()
 def SlopeModel(
     arch: str | type | None = None,
@@ -85,6 +105,8 @@ def SlopeModel(
     detector.register_forward_pre_hook(RegularizerGuard(), with_kwargs=True)
     detector.register_forward_pre_hook(FirstBatchCalibration(), with_kwargs=True)
     CheckpointFit().attach(detector)
+    if callable(getattr(type(detector), 'init_weights', None)):
+        detector.init_weights = StepsAfterInit(detector)
     layers = compressed_layers(detector)
     print_log(
         f'SLOPE: {len(layers)} layers of {detector.__class__.__name__} are compressed'

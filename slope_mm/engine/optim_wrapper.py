@@ -239,6 +239,8 @@ class RegularizedOptimWrapper(OptimWrapper):
             super().step(**kwargs)
             return
         with torch.no_grad():
+            # What quantizes is a step's magnitude; a negative one's bounds would change places.
+            torch._foreach_abs_(steps)
             least = torch._foreach_mul(steps, 1 - self.step_limit)
             most = torch._foreach_mul(steps, 1 + self.step_limit)
         super().step(**kwargs)

@@ -20,6 +20,7 @@ from slope_mm.layers.sharing import SharedWeight
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.layers.state import SavedState
 from slope_mm.ops import (
+    SMALLEST_STEP,
     SR_STE_DECAY,
     NMPattern,
     compress_weight,
@@ -185,6 +186,12 @@ class CompressedLayer(SavedState):
         if self.slope_spec.order == 's_then_q' and self._pattern_now is not None:
             mask = self.slope_mask if self.slope_mask is not None else self.live_mask()
         self.slope_step.copy_(mse_init_step(self.latent_weight(), self._codes, axis, mask))
+        if self._codes.offset == 0:
+            # Weights of zero (many a last layer begins with them) fit any step; beside the smallest
+            # one the first update would clip them all, and nothing could be learned any more.
+            fan_in = self.weight.numel() / max(self.weight.shape[self.output_axis], 1)
+            usual = 1 / (math.sqrt(max(fan_in, 1)) * self._codes.largest)
+            self.slope_step.masked_fill_(self.slope_step <= SMALLEST_STEP, usual)
 
     def compressed_weight(self) -> Tensor:
         """The weight that the layer computes with, differentiable in W and the step.
@@ -215,8 +222,10 @@ class CompressedLayer(SavedState):
 
     def _compressed(self, sums: bool) -> tuple[Tensor | None, Tensor]:
         """The sums if they are wanted, else the weight; the other one comes along where it is."""
-        weight = self.weight
-        wants_grad = torch.is_grad_enabled() and weight.requires_grad
+        weight, step = self.weight, self.slope_step
+        # Steps may learn where the weight is frozen.
+        trains = weight.requires_grad or (step is not None and step.requires_grad)
+        wants_grad = torch.is_grad_enabled() and trains
         shared = self._shared if self._sharing else None
         if shared is not None and shared.serves(wants_grad, sums):
             return shared.outputs(wants_grad)

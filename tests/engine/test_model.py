@@ -15,12 +15,15 @@ import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.models import MaskRCNN
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
 
+import slope_mm
 from slope_mm import CheckpointError, ConfigError, RecipeError, compressed_layers
 from slope_mm.layers.kinds import SlopeConv2d, stock_type
+from slope_mm.ops import mse_init_step, weight_codes
 
 MakeConfig = Callable[..., Config]
 
@@ -64,6 +67,7 @@ custom_hooks = [dict(type='slope_mm.SlopeMonitorHook')]
     script = """
 import sys
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 config = Config.fromfile(sys.argv[1])
@@ -279,3 +283,33 @@ def test_arch_may_be_a_class() -> None:
     )
     assert type(model) is tiny.ToyNet
     assert list(compressed_layers(model)) == ['first', 'twice', 'mix', 'spare']
+
+
+class DrawnAtRandom(BaseModel):
+    """Initialises itself as detectors of DETR's family do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 64)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def test_initialisers_do_not_draw_steps_at_random() -> None:
+    recipe = dict(weight=dict(sparsity='2:4', bits=4))
+    model = MODELS.build(dict(type='slope_mm.SlopeModel', arch=DrawnAtRandom, recipe=recipe))
+    for one in (model, copy.deepcopy(model)):
+        first = one.linear.weight.detach().clone()
+        one.init_weights()
+        layer = one.linear
+        assert not torch.equal(layer.weight, first)
+        expected = mse_init_step(layer.weight, weight_codes('lsq', 4), 0, layer.mask)
+        torch.testing.assert_close(layer.step.detach(), expected)
+    assert 'init_weights' not in vars(slope_mm.bake(model))

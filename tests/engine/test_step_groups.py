@@ -24,6 +24,7 @@ from wrapper_cases import (
     wrapper_of,
 )
 
+import slope_mm
 from slope_mm.engine import SlopeOptimWrapper
 
 MakeConfig = Callable[..., Config]
@@ -193,3 +194,19 @@ def test_small_updates_of_steps_are_the_optimizers_own(toy: nn.Module) -> None:
     assert len(tiny.differing(before, after)) > 3
     for name, step in after.items():
         assert torch.allclose(step, before[name] - 2e-4 * found[name], rtol=1e-6), name
+
+
+def test_a_step_that_crossed_zero_is_folded_and_kept_within_the_limit() -> None:
+    model = slope_mm.convert(nn.Sequential(nn.Linear(16, 4)), dict(weight=dict(bits=4)))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(constructor=CONSTRUCTOR, optimizer=dict(SGD, lr=0.0), regularizer=dict(type='none')),
+    )
+    before = model[0].step.detach().clone()
+    with torch.no_grad():
+        model[0].slope_step[0].neg_()
+    for _ in range(20):
+        with wrapper.optim_context(model):
+            loss = model(torch.randn(8, 16)).square().mean()
+        wrapper.update_params(loss)
+    torch.testing.assert_close(model[0].slope_step.detach(), before)

@@ -290,3 +290,25 @@ def test_a_model_in_half_precision_still_compresses() -> None:
     weight = layer.compressed_weight()
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight != 0, (weight != 0) & layer.mask)
+
+
+@pytest.mark.parametrize('codes', ['lsq', 'symmetric', 'odd'])
+def test_a_layer_of_zeros_computes_zeros_and_learns(codes: str) -> None:
+    layer = compress(nn.Linear(16, 4), dict(weight=dict(sparsity=None, bits=8, codes=codes)))
+    with torch.no_grad():
+        layer.weight.zero_()
+        assert float(layer.compressed_weight().abs().max()) < 1e-6
+    if codes == 'odd':
+        # It has no level of zero: any step but the smallest would make something of nothing.
+        return
+    x = torch.randn(64, 16)
+    target = x @ torch.randn(16, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    losses = []
+    for _ in range(200):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.1 * losses[0]

@@ -126,3 +126,17 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_steps_of_a_frozen_weight_learn_from_all_uses() -> None:
+    layer = compress(nn.Linear(8, 8))
+    layer.weight.requires_grad_(False)
+    x, gradients = torch.randn(3, 2, 8), []
+    for shared in (False, True):
+        layer.zero_grad()
+        if shared:
+            layer.begin_sharing()
+        sum(layer(part).square().sum() for part in x).backward()
+        layer.end_sharing()
+        gradients.append(layer.slope_step.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
