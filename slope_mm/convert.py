@@ -246,6 +246,7 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
     for module in composites:
         module.__class__ = module.baked_type or stock_type(module)  # type: ignore[assignment]
     WeightReuse.detach(model)
+    # What SlopeModel put before the stock one speaks of compressed layers.
     model.__dict__.pop('init_weights', None)
     return model
 

@@ -67,7 +67,6 @@ custom_hooks = [dict(type='slope_mm.SlopeMonitorHook')]
     script = """
 import sys
 from mmengine.config import Config
-from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 config = Config.fromfile(sys.argv[1])

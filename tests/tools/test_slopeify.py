@@ -92,20 +92,10 @@ def test_the_detector_to_compress_is_named_by_the_config(
     assert 'set load_from' not in capsys.readouterr().out
     assert Config.fromfile(str(out)).load_from == start
     text = out.read_text()
-    for wrong, word in (
-        (slope_run.checkpoint, 'is of a compressed'),
-        ('none.pth', 'no checkpoint'),
-    ):
+    arguments = [str(dense_run.file), '-o', str(out), '--force', '--load-from']
+    for wrong, word in ((slope_run.checkpoint, 'of a compressed'), ('none.pth', 'no checkpoint')):
         with pytest.raises(SystemExit):
-            run(
-                'slopeify',
-                str(dense_run.file),
-                '--load-from',
-                str(wrong),
-                '-o',
-                str(out),
-                '--force',
-            )
+            run('slopeify', *arguments, str(wrong))
         assert word in capsys.readouterr().err
         assert out.read_text() == text
 
