@@ -297,6 +297,33 @@ class ToyNet(BaseModel):
         return {'loss': (out - torch.stack(list(target))).square().mean()}
 
 
+@MODELS.register_module(force=True)
+class BranchNet(ToyNet):
+    """A toy model with a branch that the loss takes no notice of, at first or ever.
+
+    Args:
+        ignored: Ever: the branch runs, but only what it gives as a number to log is kept.
+            Otherwise it gets an empty batch twice (as a head without regions does), then all.
+    """
+
+    def __init__(self, ignored: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.ignored, self.seen = ignored, 0
+        self.branch = nn.Linear(8, 8)
+
+    def forward(self, image: list[Tensor], target: list[Tensor], mode: str = 'tensor') -> Any:
+        out = super().forward(image, target)
+        self.seen += torch.is_grad_enabled()
+        empty = mode == 'loss' and self.seen < 3 and not self.ignored
+        beside = self.branch(out[:0] if empty else out)
+        if mode != 'loss':
+            return out if self.ignored else out + beside
+        loss = (out - torch.stack(list(target))).square().mean()
+        if self.ignored:
+            return {'loss': loss, 'aside': beside.detach().mean()}
+        return {'loss': loss, 'loss_branch': beside.square().sum() * 1e-3}
+
+
 @DATASETS.register_module(force=True)
 class ToyImages(torch.utils.data.Dataset):
     """Noise images and targets; odd images and the second half are four times as strong."""

@@ -95,6 +95,7 @@ class RegularizedOptimWrapper(OptimWrapper):
     last_regularization: Tensor | None = None
     guard: Guard | None = None
     _dropped: bool = False
+    _some_unused: bool = False
     watch_gradients: bool = False
     gradient_ratio: Tensor | None = None
 
@@ -145,7 +146,8 @@ class RegularizedOptimWrapper(OptimWrapper):
         Before ``super().update_params``, so that gradient accumulation scales it with the loss.
         """
         try:
-            regularization = self.regularizer(self._layers)
+            # DDP has marked what its loss does not reach; such a layer may have run all the same.
+            regularization = self.regularizer(self._layers, loss if self._some_unused else None)
         finally:
             # Before the backward pass: activation checkpointing runs layers once more inside it,
             # and needs a graph of its own there.
@@ -202,6 +204,7 @@ class RegularizedOptimWrapper(OptimWrapper):
 
     def _begin_step(self, model: nn.Module) -> None:
         module: nn.Module = getattr(model, 'module', model)
+        self._some_unused = bool(getattr(model, 'find_unused_parameters', False))
         if module is not self._model:
             check_wrapped(model)
             self._model = module

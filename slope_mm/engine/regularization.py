@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ def mean_over_layers(
     granularity: str,
     gradient: str = 'exact',
     *,
-    only_if_run: bool = False,
+    only: Callable[[CompressedLayer], bool] | None = None,
 ) -> Tensor | None:
     """(1/n) of the sum over the items of all trainable layers.
 
@@ -35,8 +35,7 @@ def mean_over_layers(
         type: Name in ``slope_mm.ops.regularizers.REGULARIZERS``.
         granularity: ``'layer'`` or ``'filter'``.
         gradient: ``'exact'`` or ``'ste'``.
-        only_if_run: Leave out the terms of layers without a forward in this step (under DDP with
-            unused parameters they must not get a gradient). They still count in n, so that the
+        only: Whose terms are added up; None for all. The others still count in n, so that the
             scale is the same on every rank.
 
     Returns:
@@ -53,7 +52,7 @@ def mean_over_layers(
         if not layer.weight.requires_grad or not layer.changes_weight:
             continue
         items += 1 if granularity == 'layer' else layer.weight.shape[layer.output_axis]
-        if layer.runs or not only_if_run:
+        if only is None or only(layer):
             terms.append(layer)
     if not terms:
         return None
@@ -66,6 +65,21 @@ def mean_over_layers(
                 for layer in terms
             ]
         return regularize(type, sums, granularity).sum() / items
+
+
+def leaves_of(loss: Tensor) -> set[int]:
+    """``id`` of every parameter in a loss's graph."""
+    seen: set[Any] = set()
+    leaves, rest = set(), [loss.grad_fn]
+    while rest:
+        node = rest.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, 'variable'):
+            leaves.add(id(node.variable))
+        rest.extend(before for before, _ in node.next_functions)
+    return leaves
 
 
 def regularization(
@@ -149,11 +163,25 @@ class Regularizer:
         """Whether it adds anything at present."""
         return self.type != 'none' and self.weight * self.scale > 0
 
-    def __call__(self, layers: Iterable[CompressedLayer]) -> Tensor | None:
-        """``scale * weight * L_reg`` over the layers that ran in this step, or None if nothing."""
+    def __call__(
+        self, layers: Iterable[CompressedLayer], loss: Tensor | None = None
+    ) -> Tensor | None:
+        """``scale * weight * L_reg`` over the layers that ran in this step, or None if nothing.
+
+        Under DDP with unused parameters the others must not get a gradient.
+
+        Args:
+            layers: Compressed layers.
+            loss: Leave out layers that this loss does not depend on as well, though they ran.
+        """
         if not self.active:
             return None
+        leaves = None if loss is None else leaves_of(loss)
+
+        def takes_part(layer: CompressedLayer) -> bool:
+            return bool(layer.runs) and (leaves is None or id(layer.weight) in leaves)
+
         value = mean_over_layers(
-            layers, self.type, self.granularity, self.gradient, only_if_run=True
+            layers, self.type, self.granularity, self.gradient, only=takes_part
         )
         return None if value is None else value * (self.weight * self.scale)

@@ -165,6 +165,13 @@ def _one_of_several_processes() -> bool:
     )
 
 
+def _unquantized(x: Tensor, step: Tensor) -> Tensor:
+    """The input as it is, with the step in its graph."""
+    if not (torch.is_grad_enabled() and step.requires_grad and x.is_floating_point()):
+        return x
+    return x + 0 * step.sum().to(x.dtype)
+
+
 def _refuse_tracing(x: Any) -> None:
     if isinstance(x, torch.fx.Proxy):
         raise SlopeError(
@@ -264,7 +271,7 @@ class QuantizedInput(nn.Module):
 
         An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
         evaluation, and where several processes train (each has another input), it passes the input
-        through.
+        through. In training the step takes part even then: DDP waits for its gradient, here zero.
 
         Args:
             x: The input.
@@ -283,8 +290,10 @@ class QuantizedInput(nn.Module):
             self._observers[which].observe(x)
             return x
         if self._input_state(which) == UNCALIBRATED:
-            if not self.training or x.numel() == 0 or _one_of_several_processes():
+            if not self.training:
                 return x
+            if x.numel() == 0 or _one_of_several_processes():
+                return _unquantized(x, step)
             observer = ActivationObserver()
             observer.observe(x)
             self.set_activation_range(
@@ -293,7 +302,7 @@ class QuantizedInput(nn.Module):
                 which,
             )
             if self._act_states[which] == UNCALIBRATED:
-                return x
+                return _unquantized(x, step)
         codes = activation_codes(bits, self._act_states[which] == SIGNED)
         if self.inputs > 1:
             # A copy: calibrating the next input writes to the parameter before the backward pass.

@@ -62,10 +62,13 @@ def ranks(
         # Of the images that the second process gets, one of its second iteration is spoilt.
         'skip': tiny.toy_config(root / 's', batch_size=2, load_from=str(start)),
         'unreached': tiny.toy_config(root / 'u', batch_size=2, model__spare=True),
+        'ignored': tiny.toy_config(root / 'i', batch_size=2, model__ignored=True),
+        'late': tiny.toy_config(root / 'l', batch_size=2, train_cfg__max_iters=5),
         'detector': detector,
         'frozen': frozen,
         'atss': whole,
     }
+    configs['ignored'].model.arch = configs['late'].model.arch = 'BranchNet'
     configs['hook'].custom_hooks = [dict(type='slope_mm.SlopeCalibrationHook', batches=1)]
     skip = configs['skip']
     skip.train_dataloader.dataset = dict(type='SpoiltImages', spoilt=(5,))
@@ -74,7 +77,7 @@ def ranks(
     skip.custom_hooks = [dict(type='slope_mm.SlopeFiniteHook', action='skip')]
     files = []
     for name, config in configs.items():
-        config.find_unused_parameters = name == 'unreached'
+        config.find_unused_parameters = name in ('unreached', 'ignored')
         config.launcher = 'pytorch'
         files.append(tiny.dump(config, root / f'{name}.py'))
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -115,7 +118,11 @@ def test_a_detector_on_two_processes_equals_one(
 
 
 @pytest.mark.parametrize(
-    'name', ['toy', 'first_batch', 'hook', 'skip', 'unreached', 'detector', 'frozen', 'atss']
+    'name',
+    [
+        *('toy', 'first_batch', 'hook', 'skip', 'unreached', 'ignored', 'late'),
+        *('detector', 'frozen', 'atss'),
+    ],
 )
 def test_ranks_stay_equal_while_they_train(ranks: Seen, name: str) -> None:
     first, second = ranks[name]
@@ -180,12 +187,24 @@ def test_without_the_hook_nothing_is_calibrated_beforehand(ranks: Seen) -> None:
         assert int(rank['first']['first.slope_act_signed']) == -1
 
 
-def test_an_unreached_layer_stays_as_it_was(ranks: Seen) -> None:
-    """``find_unused_parameters``: DDP refuses a gradient from the regularizer alone."""
-    for rank in ranks['unreached']:
-        spare = [key for key in rank['last'] if key.startswith('spare.')]
-        assert spare
-        assert not set(spare) & set(tiny.differing(rank['first'], rank['last']))
+@pytest.mark.parametrize(('name', 'layer'), [('unreached', 'spare.'), ('ignored', 'branch.')])
+def test_an_unreached_layer_stays_as_it_was(ranks: Seen, name: str, layer: str) -> None:
+    """``find_unused_parameters``: DDP refuses a gradient from the regularizer alone.
+
+    Neither a layer that never runs nor one whose output the loss does not use may get one.
+    """
+    for rank in ranks[name]:
+        learned = [key for key in rank['last'] if key.startswith(layer) and 'act' not in key]
+        assert learned
+        assert not set(learned) & set(tiny.differing(rank['first'], rank['last']))
+
+
+def test_an_input_without_a_range_takes_part_in_the_loss(ranks: Seen) -> None:
+    """A head that first sees a region in the third iteration: DDP waits for its step till then."""
+    for rank in ranks['late']:
+        assert int(rank['first']['branch.slope_act_signed']) == -1
+        assert int(rank['last']['branch.slope_act_signed']) == 1
+        assert 0 < float(rank['last']['branch.slope_act_step']) < 0.9
 
 
 def test_frozen_stages_stay_frozen_on_all_ranks(ranks: Seen) -> None:
