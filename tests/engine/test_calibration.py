@@ -260,6 +260,28 @@ def test_a_layer_without_input_waits_for_one(detector: nn.Module, config: Config
     assert not uncalibrated_layers(detector)
 
 
+@pytest.mark.parametrize('update_buffers', [False, True])
+@pytest.mark.parametrize('first', [0, 1])
+def test_an_average_of_what_is_calibrated_late_starts_there(
+    tmp_path: Path, first: int, update_buffers: bool
+) -> None:
+    ema = dict(type='EMAHook', momentum=0.0002, update_buffers=update_buffers)
+    config = tiny.toy_config(tmp_path, model__arch='BranchNet', train_cfg__max_iters=5)
+    config.custom_hooks = [dict(type=OWN_HOOK, batches=1)]
+    config.custom_hooks.insert(first, ema)
+    run = tiny.train(config)
+    average = next(hook.ema_model for hook in run.runner.hooks if hasattr(hook, 'ema_model'))
+    own, averaged = run.model.branch, average.module.branch
+    assert int(average.steps) == 5
+    assert averaged.activation_signed is own.activation_signed is True
+    step = float(own.slope_act_step)
+    # Two updates of at most half a percent each lie between; the placeholder is 1.
+    assert step < 0.9
+    assert float(averaged.slope_act_step) == pytest.approx(step, rel=0.02)
+    saved = torch.load(run.checkpoint, weights_only=False)['state_dict']
+    assert int(saved['branch.slope_act_signed']) == 1
+
+
 def test_evaluation_does_not_calibrate(detector: nn.Module, config: Config) -> None:
     before = tiny.state_of(detector)
     detector.eval().val_step(tiny.first_batch(config, split='val'))

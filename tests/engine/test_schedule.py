@@ -243,6 +243,13 @@ def test_ramp_reaches_the_pattern_exactly(tmp_path: Path) -> None:
     assert all((w != 0).float().mean() > 0.6 for w in notes.compressed[0].values()), 'dense'
 
 
+@pytest.mark.parametrize('until', [1.0, ITERATIONS, 20])
+def test_a_ramp_to_the_end_trains_with_the_pattern_at_last(tmp_path: Path, until: float) -> None:
+    notes = diary(tmp_path, ramp_until=until, freeze_at=1.0)
+    assert {kept_in_groups(mask).pop() for mask in notes.masks[-2].values()} == {3}
+    assert {kept_in_groups(mask).pop() for mask in notes.masks[-1].values()} == {2}
+
+
 @pytest.mark.parametrize('freeze_at', [6, 7, None])
 def test_ramp_reaches_the_pattern_also_between_intervals(
     tmp_path: Path, freeze_at: int | None

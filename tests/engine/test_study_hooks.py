@@ -14,6 +14,8 @@ from torch import Tensor
 
 import slope_mm
 from slope_mm import ConfigError, SlopeBatchNormHook, SlopeStepInitHook, compressed_layers
+from slope_mm.engine.calibration import evenly_spread_batches
+from slope_mm.engine.hooks.batch_norm import re_estimate
 from slope_mm.ops import STEP_INITS, compress_weight, lsq_init_step
 
 BATCH = 4
@@ -116,6 +118,41 @@ def test_re_estimated_statistics_are_those_of_the_final_weights(tmp_path: Path) 
     saved = torch.load(run.checkpoint, weights_only=False)['state_dict']
     assert torch.equal(saved['norm.running_mean'], mean)
     assert model.norm.momentum == 0.1
+
+
+@pytest.mark.parametrize('update_buffers', [False, True])
+@pytest.mark.parametrize('first', [0, 1])
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_averaged_weights_have_re_estimated_statistics_of_their_own(
+    tmp_path: Path, first: int, update_buffers: bool, by_epoch: bool
+) -> None:
+    hooks = [hook('re-estimated', batches=3)]
+    hooks.insert(first, dict(type='EMAHook', momentum=0.3, update_buffers=update_buffers))
+    config = tiny.toy_config(tmp_path, BATCH, custom_hooks=hooks, model__norm_eval=False)
+    if by_epoch:
+        config.train_cfg = dict(by_epoch=True, max_epochs=1)
+        config.default_hooks.checkpoint.by_epoch = True
+    run = tiny.train(config)
+    loader, model = run.runner.train_dataloader, run.model
+    ema = next(h for h in run.runner.hooks if hasattr(h, 'ema_model'))
+    own = tiny.state_of(model)
+    saved = torch.load(run.checkpoint, weights_only=False)['state_dict']
+    assert not torch.equal(saved['first.weight'], own['first.weight'])
+    # What an evaluation computes with.
+    ema.before_val_epoch(run.runner)
+    evaluated = statistics(model)
+    ema.after_val_epoch(run.runner)
+    model.load_state_dict(saved)
+    re_estimate(model, evenly_spread_batches(loader, 3))
+    keys = 'norm.running_mean', 'norm.running_var'
+    for key, wanted, used in zip(keys, statistics(model), evaluated, strict=True):
+        torch.testing.assert_close(saved[key], wanted)
+        torch.testing.assert_close(used, wanted)
+    if update_buffers:
+        model.load_state_dict(own)
+        re_estimate(model, evenly_spread_batches(loader, 3))
+        torch.testing.assert_close(own[keys[1]], statistics(model)[1])
+        assert not torch.allclose(own[keys[1]], saved[keys[1]], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slope_mm.engine.averaging import averages
 from slope_mm.engine.calibration import evenly_spread_batches, undisturbed
 from slope_mm.errors import ConfigError, nearest
 
@@ -30,15 +31,18 @@ class SlopeBatchNormHook(Hook):
         Re-estimation comes before the last checkpoint is written and before the last evaluation:
         the plain mean, over some batches of training data, of each batch's mean and variance
         ("precise BN", arXiv 2105.07576), with the compressed weights as they are then; pooled over
-        ranks. Weights, random states and modes stay as found. Layers adapt until then.
+        ranks. Weights, random states and modes stay as found. Layers adapt until then. Averaged
+        models (EMAHook's and its kin's) get statistics of their own; where the average takes its
+        buffers from the model in training, that one gets the averaged model's, since evaluations
+        and checkpoints have both with averaged weights.
 
     Args:
         policy (str): ``'frozen'``, ``'adapting'`` or ``'re-estimated'``.
         batches (int): Batches per rank for ``'re-estimated'``. Defaults to 16.
     """
 
-    # Before checkpoints are written.
-    priority = 'NORMAL'
+    # After averaged models took the iteration's buffers, before checkpoints are written.
+    priority = 'LOW'
 
     def __init__(self, policy: str, batches: int = 16) -> None:
         if policy not in POLICIES:
@@ -78,16 +82,24 @@ class SlopeBatchNormHook(Hook):
         if self.policy != 're-estimated':
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        count = re_estimate(
-            model,
-            evenly_spread_batches(
-                runner.train_dataloader, self.batches, get_rank(), get_world_size()
-            ),
-        )
+        count = self._over_batches(runner, model)
+        for average in averages(runner):
+            self._over_batches(runner, average.module)
+            if not average.update_buffers:
+                pairs = zip(norms_of(model), norms_of(average.module), strict=True)
+                for own, averaged in pairs:
+                    for kept, found in zip(_statistics(own), _statistics(averaged), strict=True):
+                        kept.copy_(found)
         runner.logger.info(
             f'SLOPE: the statistics of {count} batch norms are those of {self.batches} batches a'
             ' rank'
         )
+
+    def _over_batches(self, runner: Any, model: nn.Module) -> int:
+        batches = evenly_spread_batches(
+            runner.train_dataloader, self.batches, get_rank(), get_world_size()
+        )
+        return re_estimate(model, batches)
 
 
 def by_epoch(runner: Any) -> bool:

@@ -9,6 +9,8 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from slope_mm.convert import compressed_layers
+from slope_mm.engine.averaging import averaged_layers
 from slope_mm.engine.calibration import (
     calibrate,
     evenly_spread_batches,
@@ -27,6 +29,9 @@ class SlopeCalibrationHook(Hook):
         pooled over ranks. A resumed model is calibrated already and stays as it is. Without this
         hook the first training batch calibrates.
 
+        What sees its first input later (a head without regions) is calibrated then; this hook
+        starts its averages (EMAHook's and its kin's) there as well, in place of at a placeholder.
+
     Args:
         batches (int): Batches per rank. Defaults to 4.
     """
@@ -39,10 +44,42 @@ class SlopeCalibrationHook(Hook):
                 f'SlopeCalibrationHook batches={batches!r} is not a number of batches >= 1'
             )
         self.batches = batches
+        self._waiting: list[tuple[str, int]] = []
 
     def before_train(self, runner: Any) -> None:
         """Calibrates what is not calibrated yet."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._calibrate(runner, model)
+        self._waiting = [
+            (name, which)
+            for name, layer in uncalibrated_layers(model).items()
+            for which in range(layer.inputs)
+            if layer.input_signed(which) is None
+        ]
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Starts the averages of what this iteration calibrated."""
+        if not self._waiting:
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        layers, rest = compressed_layers(model), []
+        for name, which in self._waiting:
+            layer = layers[name]
+            if layer.input_signed(which) is None:
+                rest.append((name, which))
+                continue
+            for averaged in averaged_layers(runner):
+                # Where it averages buffers as well, the sign (an integer) would stay behind too.
+                for own, theirs in (
+                    (averaged[name].slope_act_step, layer.slope_act_step),
+                    (averaged[name].slope_act_signed, layer.slope_act_signed),
+                ):
+                    own.data[which] = theirs.data[which]  # type: ignore[union-attr]
+        self._waiting = rest
+
+    def _calibrate(self, runner: Any, model: Any) -> None:
         if not uncalibrated_layers(model):
             return
         loader = runner.train_dataloader

@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from slope_mm.convert import compressed_layers
+from slope_mm.engine.averaging import averaged_layers
 from slope_mm.engine.optim_wrapper import RegularizedOptimWrapper
 from slope_mm.engine.schedules import (
     decay_factor,
@@ -75,7 +76,9 @@ class SlopeScheduleHook(Hook):
         self._length = length
         self._decay = point_in_training(self.decay_from, length, 'decay_from')
         self._freeze = point_in_training(self.freeze_at, length, 'freeze_at')
-        self._ramp = point_in_training(self.ramp_until, length, 'ramp_until') or 0
+        # The last iteration at the latest: whatever is saved has the target pattern.
+        ramp = point_in_training(self.ramp_until, length, 'ramp_until') or 0
+        self._ramp = min(ramp, length - 1)
         if self._freeze is not None and self._freeze < self._ramp:
             raise ConfigError(
                 f'SlopeScheduleHook freezes masks at iteration {self._freeze}, before the ramp ends'
@@ -125,15 +128,6 @@ class SlopeScheduleHook(Hook):
             mask = layer.mask
             for layers in averaged:
                 layers[name].slope_mask = None if mask is None else mask.clone()
-
-
-def averaged_layers(runner: Any) -> list[dict[str, CompressedLayer]]:
-    """The compressed layers of the averaged models that hooks keep (EMAHook and its kin)."""
-    return [
-        compressed_layers(hook.ema_model.module)
-        for hook in runner.hooks
-        if hasattr(hook, 'ema_model')
-    ]
 
 
 def ramped_pattern(target: Pattern, iteration: int, length: int) -> Pattern | None:
