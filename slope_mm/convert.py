@@ -25,6 +25,7 @@ from slope_mm.layers import (
 from slope_mm.layers.fake_quantize import FakeQuantizer, StockFakeQuantize
 from slope_mm.layers.reuse import WeightReuse
 from slope_mm.layers.standardized import StandardizedWeight
+from slope_mm.layers.ties import Tie, compressed_ties
 from slope_mm.ops import Pattern
 from slope_mm.recipe import Recipe, Rule
 
@@ -205,31 +206,29 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
 
     Its layers have their stock classes and its state dict loads into the stock model with
     ``strict=True``. Weight-standardized convolutions alone become plain ones, whose state dict the
-    stock model refuses (it would standardize again); a warning names them.
+    stock model refuses (it would standardize again); a warning names them. So it does with a weight
+    that was one parameter in several layers which compress it differently: each gets its own.
 
     Args:
         model: A compressed model.
         activations: ``'drop'`` computes with full-precision inputs (for A4 recipes another
             function than the trained one); ``'fake_quant'`` keeps the input quantizers as torch's
-            own fake-quantize in forward pre-hooks, without state.
+            own fake-quantize in forward pre-hooks, without state. An input without a range (it held
+            zeros alone, as the first values of DETR's decoder do) is not quantized, as before.
         inplace: Bake this model instead of a copy; the latent weights are lost.
 
     Returns:
         The baked model.
 
     Raises:
-        SlopeError: If ``activations`` is unknown, or an input quantizer to keep has no range yet.
+        SlopeError: If ``activations`` is unknown, or no quantizer that is to be kept has a range.
     """
     if activations not in ACTIVATIONS:
         raise SlopeError(
             f'bake(activations={activations!r}) is unknown; choose one of {list(ACTIVATIONS)}'
         )
-    uncalibrated = [n for n, layer in compressed_layers(model).items() if not layer.calibrated]
-    if activations == 'fake_quant' and uncalibrated:
-        raise SlopeError(
-            f"{len(uncalibrated)} input quantizers have no range yet ('{uncalibrated[0]}', ...);"
-            ' train or calibrate before baking'
-        )
+    if activations == 'fake_quant':
+        _check_ranges(model)
     if not inplace:
         model = copy.deepcopy(model)
     keep = activations == 'fake_quant'
@@ -239,16 +238,56 @@ def bake(model: nn.Module, activations: str = 'drop', inplace: bool = False) -> 
         for module in composites:
             module.keep_quantizers()
     _warn_of_settled(model)
+    ties = compressed_ties(model)
+    for tie in ties:
+        tie.part()
     for module in composites:
         module.settle()
     for layer in compressed_layers(model).values():
         _bake_layer(layer, FakeQuantizer.of(layer) if keep and layer not in uncalled else None)
     for module in composites:
         module.__class__ = module.baked_type or stock_type(module)  # type: ignore[assignment]
+    _warn_of_broken_ties([tie for tie in ties if not tie.join()])
     WeightReuse.detach(model)
     # What SlopeModel put before the stock one speaks of compressed layers.
     model.__dict__.pop('init_weights', None)
+    _detach_hooks(model)
     return model
+
+
+def _check_ranges(model: nn.Module) -> None:
+    quantizing = {
+        name: layer
+        for name, layer in compressed_layers(model).items()
+        if layer.slope_spec.activation_bits is not None
+    }
+    without = [name for name, layer in quantizing.items() if not layer.calibrated]
+    ranges = [
+        layer.input_signed(which) is not None
+        for layer in quantizing.values()
+        for which in range(layer.inputs)
+    ]
+    if without and not any(ranges):
+        raise SlopeError(
+            f"{len(without)} input quantizers have no range yet ('{without[0]}', ...);"
+            ' train or calibrate before baking'
+        )
+    if without:
+        warnings.warn(
+            f"{len(without)} layers ('{without[0]}', ...) have an input without a range, which"
+            ' stays unquantized: calibration and training saw nothing there, or zeros alone',
+            stacklevel=3,
+        )
+
+
+def _detach_hooks(model: nn.Module) -> None:
+    """Removes the root's hooks that are about its compression."""
+    for hooks in (model._forward_pre_hooks, model._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            # torch wraps a hook that wants the module.
+            if getattr(getattr(hook, 'hook', hook), 'of_compression', False):
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def settled_layers(model: nn.Module) -> list[str]:
@@ -265,6 +304,17 @@ def _warn_of_settled(model: nn.Module) -> None:
             ' the baked model, which the stock config does not build: it would standardize their'
             ' weights again, and its strict load refuses them. Use the baked model as it is, or a'
             ' packed file',
+            stacklevel=3,
+        )
+
+
+def _warn_of_broken_ties(ties: list[Tie]) -> None:
+    for tie in ties:
+        warnings.warn(
+            f"'{tie.keys[0]}' and '{tie.keys[1]}' were one parameter; the baked model has two, as"
+            ' their layers compress it differently. A stock model, in which they are one, cannot'
+            ' hold both; use the baked model as it is, or leave both layers alone'
+            ' (dict(match=..., compress=False))',
             stacklevel=3,
         )
 

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from convertible_net import W4, W4A4, Net, image, key_of, trained
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 import slope_mm
 from slope_mm import SlopeError
+from slope_mm.engine.stock import save_stock
 from slope_mm.layers import LAYER_KINDS
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -155,6 +159,24 @@ def test_a_quantizer_without_a_range_cannot_be_kept() -> None:
     assert_stock(slope_mm.bake(model), Net())
 
 
+def test_an_input_of_zeros_stays_unquantized() -> None:
+    """The values of DETR's first decoder layer: queries of zeros, which have no range."""
+    model = nn.ModuleDict(dict(attn=nn.MultiheadAttention(8, 2), out=nn.Linear(8, 8)))
+    slope_mm.convert(model, W4A4).train()
+    x, zeros = torch.randn(5, 2, 8), torch.zeros(5, 2, 8)
+
+    def run(model: Any) -> Tensor:
+        return model.out(model.attn(x, x, zeros)[0] + x)
+
+    run(model)
+    assert [model.attn.in_proj.input_signed(i) for i in range(3)] == [True, True, None]
+    expected = run(model.eval())
+    with pytest.warns(UserWarning, match=r"2 layers \('attn.out_proj', ...\).*zeros alone"):
+        baked = slope_mm.bake(model, activations='fake_quant')
+    torch.testing.assert_close(run(baked), expected)
+    assert not torch.allclose(run(slope_mm.bake(model)), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize('activations', ['fake_quantize', '', None])
 def test_unknown_ways_to_bake_are_refused(activations: Any) -> None:
     with pytest.raises(SlopeError, match=r"choose one of \['drop', 'fake_quant'\]"):
@@ -202,6 +224,69 @@ def test_shared_layers_are_baked_once_and_stay_shared() -> None:
     assert baked[0] is baked[2] is baked[4][0]
     assert type(baked[0]) is nn.Conv2d
     assert torch.equal(baked(x), expected)
+
+
+def tied() -> Any:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4)).eval()
+    model[2].weight = model[0].weight
+    return slope_mm.convert(model, W4)
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_a_tied_weight_that_layers_compress_alike_stays_tied(inplace: bool) -> None:
+    model, x = tied(), torch.randn(5, 16)
+    expected = model(x)
+    baked: Any = slope_mm.bake(model, inplace=inplace)
+    assert baked[0].weight is baked[2].weight
+    assert torch.equal(baked(x), expected)
+
+
+def test_a_tied_weight_that_layers_compress_differently_is_two(tmp_path: Path) -> None:
+    model, x = tied(), torch.randn(5, 16)
+    model(x)
+    with torch.no_grad():
+        model[2].slope_step.mul_(1.2)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r"'0\.weight' and '2\.weight' were one parameter"):
+        baked: Any = slope_mm.bake(model)
+    assert torch.equal(baked(x), expected)
+    assert not torch.equal(baked[0].weight, baked[2].weight)
+    assert model[0].weight is model[2].weight
+    with (
+        pytest.warns(UserWarning, match='were one parameter'),
+        pytest.raises(SlopeError, match=r"'0\.weight' and '2\.weight' are one parameter.*untie"),
+    ):
+        save_stock(model, tmp_path / 'stock.pth')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_tied_to_a_layer_that_is_left_alone_leaves_that_one_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    x = torch.randn(5, 16)
+    slope_mm.convert(model, dict(**W4, rules=[dict(match='1', compress=False)])).eval()
+    expected = model(x)
+    with pytest.warns(UserWarning, match='were one parameter'):
+        baked = slope_mm.bake(model)
+    assert torch.equal(baked(x), expected)
+
+
+def test_a_baked_slope_model_keeps_no_hook_of_its_compression() -> None:
+    """It trains with a plain optim wrapper and loads another model's part, as a stock one does."""
+    init_default_scope('mmengine')
+    model = MODELS.build(dict(type='slope_mm.SlopeModel', arch='ToyNet', recipe=W4))
+    stock = MODELS.build(dict(type='ToyNet'))
+    baked: Any = slope_mm.bake(model).train()
+    for name in ('_forward_pre_hooks', '_forward_hooks', '_load_state_dict_pre_hooks'):
+        assert getattr(baked, name).keys() == getattr(stock, name).keys()
+        assert len(getattr(baked, name)) == len(getattr(stock, name))
+    images = [tiny.ToyImages()[index] for index in range(4)]
+    wrapper = build_optim_wrapper(baked, dict(optimizer=dict(type='SGD', lr=0.1)))
+    before = baked.first.weight.clone()
+    baked.train_step({key: [i[key] for i in images] for key in images[0]}, wrapper)
+    assert not torch.equal(before, baked.first.weight)
+    assert baked.load_state_dict({'mix.bias': torch.ones(8)}, strict=False).missing_keys
+    assert len(model._forward_pre_hooks) == 3, 'the copy alone was baked'
 
 
 # --- a real detector -----------------------------------------------------------------------------

@@ -167,6 +167,9 @@ class FirstBatchCalibration:
     foreground) gets more chances: in each of the next iterations, then ever more rarely.
     """
 
+    # A baked model does without.
+    of_compression = True
+
     def __init__(self) -> None:
         self.iteration = 0
         self.done = False

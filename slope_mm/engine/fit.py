@@ -103,6 +103,9 @@ class CheckpointFit:
     It covers every route that loads weights (torch's own and mmengine's).
     """
 
+    # A baked model does without.
+    of_compression = True
+
     def attach(self, model: nn.Module) -> None:
         """Registers itself."""
         model._register_load_state_dict_pre_hook(self, with_module=True)

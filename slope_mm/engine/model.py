@@ -37,6 +37,9 @@ class RegularizerGuard:
     replaces ours loses it; both would train without the regularizer, in silence.
     """
 
+    # A baked model does without.
+    of_compression = True
+
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_training_forward(model, args, kwargs) and not getattr(model, 'slope_in_step', False):
             raise ConfigError(NO_REGULARIZER)

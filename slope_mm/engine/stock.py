@@ -20,6 +20,7 @@ from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.packed import stock_model
 from slope_mm.errors import SlopeError
 from slope_mm.layers import Projection, stock_type
+from slope_mm.layers.ties import compressed_ties
 from slope_mm.packing.container import write_atomically
 
 # In a checkpoint's meta: its weights are compressed ones, of a stock model.
@@ -41,7 +42,8 @@ def save_stock(
 
     Raises:
         PackedFileError: If it cannot be written.
-        SlopeError: If the stock model cannot hold a compressed weight (weight standardization).
+        SlopeError: If the stock model cannot hold a compressed weight (weight standardization; one
+            parameter of several layers that compress it differently).
     """
     settled = settled_layers(model)
     if settled:
@@ -51,10 +53,19 @@ def save_stock(
             " file (tools/export.py packed), or leave them alone (dict(match='type:"
             f"{_stock_name(model, settled[0])}', compress=False))"
         )
+    baked = bake(model)
+    own = dict(baked.named_parameters(remove_duplicate=False))
+    for tie in compressed_ties(model):
+        if len({id(own[key]) for key in tie.keys}) > 1:
+            raise SlopeError(
+                f"'{tie.keys[0]}' and '{tie.keys[1]}' are one parameter of two layers that compress"
+                ' it differently, and the stock model has room for one of them; leave both layers'
+                ' alone (dict(match=..., compress=False)), or untie them'
+            )
     recipe = getattr(model, 'slope_recipe', None)
     told = {**(meta or {}), BAKED: True if recipe is None else recipe.to_dict()}
     content = io.BytesIO()
-    torch.save({'meta': told, 'state_dict': bake(model).state_dict()}, content)
+    torch.save({'meta': told, 'state_dict': baked.state_dict()}, content)
     write_atomically(path, content.getvalue())
     return content.tell()
 
