@@ -8,8 +8,8 @@ and the teacher's features, so that both outputs speak of the same regions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,8 @@ class Distillation:
         student: An mmengine model; its class and its modules stay as they are.
         teacher: A model with modules of the same names.
         mirrored: Names of modules that the teacher runs as well, from the image on: everything on
-            the way to what is compared.
+            the way to what is compared. The name of an ``nn.ModuleList`` (the heads of a cascade)
+            stands for its modules, here and in ``loss``.
         loss: What is compared; its modules have to be among ``mirrored``.
 
     Raises:
@@ -105,7 +106,6 @@ class Distillation:
         mirrored: Sequence[str],
         loss: DistillationLoss,
     ) -> None:
-        self.loss = loss
         self.teacher = teacher.eval().requires_grad_(False)
         known, own = dict(student.named_modules()), dict(teacher.named_modules())
         for name in mirrored:
@@ -120,6 +120,12 @@ class Distillation:
                     f'distillation compares {name!r}, which is not among the mirrored modules'
                     f' {list(mirrored)}; add it there, with what comes before it'
                 )
+        mirrored = _members(mirrored, known)
+        self.loss = loss = replace(
+            loss, features=_members(loss.features, known), logits=_members(loss.logits, known)
+        )
+        for name in (n for n in mirrored if n not in own):
+            raise ConfigError(f'distillation: the teacher has no module {name!r}')
         # The student's tensors stay alive for the step, so an id stands for one of them.
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         self._outputs: dict[str, tuple[Any, Any]] = {}
@@ -132,7 +138,7 @@ class Distillation:
             ),
         ]
         self._active = False
-        self._sigmoid = {name: uses_sigmoid(own[name]) for name in loss.logits}
+        self._heads = {name: own[name] for name in loss.logits}
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -197,9 +203,12 @@ class Distillation:
             # A head without a region to look at did not run.
             if name not in self._outputs:
                 continue
-            student, teacher = (_first_tensors(side) for side in self._outputs[name])
+            head, outputs = self._heads[name], self._outputs[name]
+            student, teacher = (
+                [by_class(logits, head) for logits in _first_tensors(side)] for side in outputs
+            )
             levels = [
-                logit_loss(s, t, self.loss.temperature, self._sigmoid[name])
+                logit_loss(s, t, self.loss.temperature, uses_sigmoid(head))
                 for s, t in zip(student, teacher, strict=True)
                 if s.numel()
             ]
@@ -222,6 +231,34 @@ def _first_tensors(output: Any) -> list[Tensor]:
     """Class logits of a head's output: its first element, or what is in it."""
     first = output[0] if isinstance(output, (list, tuple)) else output
     return list(tensors_of(first))
+
+
+def _members(names: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Names with those of a list's modules in place of the list's: nobody calls a list."""
+    found: list[str] = []
+    for name in names:
+        module = modules[name]
+        if isinstance(module, nn.ModuleList):
+            found += _members([f'{name}.{index}' for index in range(len(module))], modules)
+        else:
+            found.append(name)
+    return tuple(found)
+
+
+def by_class(logits: Tensor, head: nn.Module) -> Tensor:
+    """A head's class logits with the classes of one decision on axis 1.
+
+    Args:
+        logits: ``[N, C]``, or ``[N, A * C, H, W]`` with A anchors a place.
+        head: The head that gave them.
+
+    Returns:
+        ``[N, C]`` or ``[N, C, A, H, W]``; unchanged where the head does not say its C.
+    """
+    classes = getattr(head, 'cls_out_channels', None)
+    if logits.dim() != 4 or not classes or logits.shape[1] % int(classes):
+        return logits
+    return logits.unflatten(1, (-1, int(classes))).transpose(1, 2)
 
 
 def uses_sigmoid(head: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from slope_mm.engine.optim_wrapper import (
     check_compile,
     check_step_limit,
 )
-from slope_mm.engine.refusals import check_wrapped
+from slope_mm.engine.refusals import check_optimizer, check_wrapped
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.ops import fused
@@ -96,7 +96,8 @@ class SlopeOptimWrapperConstructor:
         """Builds the wrapper for a (possibly DDP-wrapped) model.
 
         Raises:
-            ConfigError: If the constructor builds several wrappers, or the model is sharded.
+            ConfigError: If the constructor builds several wrappers, the model is sharded, or the
+                optimizer deals out its parameters among ranks.
         """
         check_wrapped(model)
         wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)(model)
@@ -105,6 +106,7 @@ class SlopeOptimWrapperConstructor:
                 f'{self.base["type"]} built a {type(wrapper).__name__}, which has no single loss'
                 ' to regularize; use a constructor that builds one OptimWrapper'
             )
+        check_optimizer(wrapper.optimizer)
         wrapper.__class__ = _regularized(type(wrapper))
         wrapper.set_regularizer(self.regularizer)
         wrapper.step_limit = self.step_limit

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
@@ -209,6 +211,7 @@ class RegularizedOptimWrapper(OptimWrapper):
             check_wrapped(model)
             self._model = module
             self._layers = list(compressed_layers(module).values())
+            self._warn_of_decay()
         factor = self._loss_factor()
         sums = self.regularizer.gradient == 'exact' and self.regularizer.active
         again = self.regularizer.gradient == 'ste' and self.regularizer.active
@@ -222,6 +225,23 @@ class RegularizedOptimWrapper(OptimWrapper):
         if once and fused.triton_enabled(once[0].weight):
             compress_together(once)
         module.slope_in_step = True  # type: ignore[assignment]
+
+    def _warn_of_decay(self) -> None:
+        steps = {id(step) for step in self._steps()}
+        decayed = sum(
+            id(p) in steps
+            for group in self.optimizer.param_groups
+            if group.get('weight_decay')
+            for p in group['params']
+        )
+        if decayed:
+            print_log(
+                f'SLOPE: {decayed} quantization steps have weight decay, which pulls every level'
+                ' towards zero; name the constructor that gives them a group without,'
+                " optim_wrapper.constructor='slope_mm.SlopeOptimWrapperConstructor'",
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def _end_step(self) -> None:
         for layer in self._layers:

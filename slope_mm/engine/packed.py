@@ -8,8 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import mmengine.registry
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, Registry, init_default_scope
+from mmengine.utils import get_object_from_string
 from torch import nn
 
 from slope_mm.errors import PackedFileError
@@ -36,16 +38,16 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
         inference needs beside.
     """
     plain = config.to_dict() if isinstance(config, Config) else dict(config)
-    kept = {key: plain[key] for key in CONFIG_KEYS if plain.get(key) is not None}
+    kept = {key: by_name(plain[key]) for key in CONFIG_KEYS if plain.get(key) is not None}
     return {**kept, 'model': stock_model(plain['model'])}
 
 
 def stock_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model section with the stock type, without recipe and initialisers."""
+    """A model section with the stock type, without recipe and initialisers, all types by name."""
     stock = {key: value for key, value in model.items() if key not in ('recipe', 'arch')}
     if 'arch' in model:
         stock['type'] = model['arch']
-    return _without_init(stock)
+    return by_name(_without_init(stock))
 
 
 def _without_init(value: Any) -> Any:
@@ -55,6 +57,40 @@ def _without_init(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_without_init(item) for item in value)
     return value
+
+
+def by_name(value: Any, key: str = '') -> Any:
+    """A config whose types are registered names where they were classes, as lazy configs have them.
+
+    Their dictionaries give dotted paths in place of the classes. What is not registered stays.
+    """
+    if isinstance(value, Mapping):
+        return {k: by_name(item, k) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(by_name(item) for item in value)
+    if key != 'type':
+        return value
+    # One dot may be a scope.
+    dotted = isinstance(value, str) and value.count('.') > 1
+    if isinstance(value, str) and not dotted:
+        return value
+    found = get_object_from_string(value) if dotted else value
+    name = registered_name(found)
+    if name is None and found is not None and not isinstance(found, type):
+        # mmcv looks up its NMS functions by their own names, which no registry has; one of them
+        # is named like its module.
+        name = value.rpartition('.')[2] if dotted else getattr(found, '__name__', None)
+    return name or value
+
+
+def registered_name(kind: Any) -> str | None:
+    """``'mmdet.RetinaNet'`` of a class or function that some registry of the field knows."""
+    roots = [x for x in vars(mmengine.registry).values() if isinstance(x, Registry)]
+    for registry in (each for root in roots for each in (root, *root.children.values())):
+        for name, known in registry.module_dict.items():
+            if known is kind:
+                return f'{registry.scope}.{name}'
+    return None
 
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from mmdet.engine.hooks import MeanTeacherHook
 from mmengine.config import Config
 from mmengine.registry import HOOKS
@@ -118,6 +119,21 @@ def check_wrapped(model: nn.Module) -> None:
     # By name: the import alone would cost every run a second.
     if any(kind.__name__ == 'FullyShardedDataParallel' for kind in type(model).__mro__):
         raise ConfigError(SHARDED.format(kind=type(model).__name__))
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses optimizers that deal out parameters among ranks before steps have their group.
+
+    Raises:
+        ConfigError: If it is torch's ``ZeroRedundancyOptimizer`` or mmengine's.
+    """
+    # By name: not every torch has it.
+    if any(kind.__name__ == 'ZeroRedundancyOptimizer' for kind in type(optimizer).__mro__):
+        raise ConfigError(
+            'optim_wrapper.optimizer: ZeroRedundancyOptimizer deals out parameters among the ranks'
+            ' when it is built, and the steps of a SlopeModel get their group after that; name its'
+            ' optimizer_type as the type in its place'
+        )
 
 
 def check_teacher(hooks: Any, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from slope_mm import ConfigError, SlopeDistillationHook
@@ -20,6 +21,7 @@ from slope_mm.engine.distillation import (
     LOGITS,
     Distillation,
     DistillationLoss,
+    by_class,
     feature_loss,
     logit_loss,
     uses_sigmoid,
@@ -111,6 +113,52 @@ def test_a_teacher_with_the_same_weights_has_nothing_to_teach(
         teacher.roi_head.bbox_head.fc_cls.weight.mul_(-3)
     found = losses_of(student, teacher, config)
     assert found[FEATURES] == pytest.approx(0, abs=1e-8) and found[LOGITS] > 1e-4
+
+
+def test_every_head_of_a_cascade_is_compared(config: Config) -> None:
+    config = copy.deepcopy(config)
+    roi = config.model.roi_head
+    roi.update(mask_head=None, mask_roi_extractor=None)
+    roi.update(type='CascadeRoIHead', num_stages=2, stage_loss_weights=[1, 0.5])
+    roi.bbox_head = [copy.deepcopy(roi.bbox_head) for _ in range(2)]
+    config.model.type = 'CascadeRCNN'
+    config.model.train_cfg.rcnn = [config.model.train_cfg.rcnn] * 2
+    student = tiny.build(config).eval()
+    # Sampled regions and their images' batch norms are alike on both sides.
+    student.training = True
+    for last in (0, 1):
+        teacher = copy.deepcopy(student)
+        assert losses_of(student, teacher, config)[LOGITS] == pytest.approx(0, abs=1e-5)
+        with torch.no_grad():
+            teacher.roi_head.bbox_head[last].fc_cls.weight.mul_(-3)
+        assert losses_of(student, teacher, config)[LOGITS] > 1e-4
+        student.training = True
+
+
+def test_classes_of_an_anchor_are_a_decision() -> None:
+    """SSD's softmax is over the classes of one anchor; its channels hold those of several."""
+    init_default_scope('mmdet')
+    anchors = dict(
+        type='SSDAnchorGenerator',
+        input_size=300,
+        basesize_ratio_range=(0.15, 0.9),
+        strides=[8, 16, 32, 64, 100, 300],
+        ratios=[[2], [2, 3], [2, 3], [2, 3], [2], [2]],
+    )
+    head = MODELS.build(
+        dict(type='SSDHead', num_classes=4, in_channels=(8,) * 6, anchor_generator=anchors)
+    )
+    student, teacher = (head([noise(2, 8, 3, 5, seed=seed)] * 6)[0][0] for seed in (0, 1))
+    assert student.shape == (2, 4 * 5, 3, 5)
+    # How the head's own loss sees them (mmdet's SSDHead.loss_by_feat).
+    own = [x.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels) for x in (student, teacher)]
+    expected = logit_loss(*own, 2.0, sigmoid=False)
+    found = logit_loss(by_class(student, head), by_class(teacher, head), 2.0, sigmoid=False)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(logit_loss(student, teacher, 2.0, sigmoid=False)) != pytest.approx(
+        float(expected), rel=0.01
+    )
+    assert not uses_sigmoid(head)
 
 
 def test_heads_say_what_their_logits_are(config: Config) -> None:

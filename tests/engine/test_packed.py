@@ -14,6 +14,8 @@ import pytest
 import tiny
 import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
+from mmdet.models.detectors import RetinaNet
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -105,6 +107,38 @@ def test_without_a_config_the_model_has_to_be_given(
     model = slope_mm.load_packed(path, stock.eval())
     model.cfg = config
     assert_same(predict(model), expected)
+
+
+@pytest.mark.parametrize('by_model', [False, True])
+def test_a_lazy_configs_classes_are_carried_by_name(by_model: bool, tmp_path: Path) -> None:
+    """mmengine's lazy configs hold classes, and its registries know their names."""
+    config = Config.fromfile(Path(__file__).with_name('lazy_retinanet.py'), lazy_import=True)
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(config.model).eval()
+    assert type(model) is RetinaNet
+    path = tmp_path / 'model.slope'
+    # The export hook and tool give the whole config; by itself a model knows its own section.
+    save_packed(model, path, {} if by_model else dict(config=stock_config(config)))
+    carried = read_packed(path).header['config']['model']
+    assert carried['type'] == 'mmdet.RetinaNet'
+    assert carried['test_cfg']['nms']['type'] == 'nms'
+    loaded = slope_mm.load_packed(path)
+    assert type(loaded) is RetinaNet
+    image = torch.randn(1, 3, 64, 64)
+    # Losses' classes and test settings are those of the config, and so are the numbers.
+    data = dict(inputs=[(image[0] * 50 + 100).byte()], data_samples=[sample()])
+    found, wanted = (m.eval().test_step(copy.deepcopy(data))[0] for m in (loaded, model))
+    assert len(wanted.pred_instances.scores)
+    for key in ('bboxes', 'scores', 'labels'):
+        assert torch.equal(found.pred_instances[key], wanted.pred_instances[key]), key
+
+
+def sample() -> DetDataSample:
+    """What a test pipeline says of an image of 64 pixels."""
+    shape = (64, 64)
+    meta = dict(img_shape=shape, ori_shape=shape, batch_input_shape=shape, scale_factor=(1, 1))
+    return DetDataSample(metainfo=meta)
 
 
 @pytest.mark.parametrize('kind', ['os.system', 'mmdet.apis.inference.init_detector', 'a.b', ''])

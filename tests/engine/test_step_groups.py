@@ -10,6 +10,7 @@ import tiny
 import torch
 from mmdet.engine.optimizers import LearningRateDecayOptimizerConstructor
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, init_default_scope
@@ -25,6 +26,7 @@ from wrapper_cases import (
 )
 
 import slope_mm
+from slope_mm import ConfigError
 from slope_mm.engine import SlopeOptimWrapper
 
 MakeConfig = Callable[..., Config]
@@ -167,6 +169,44 @@ def test_the_wrapper_may_be_named_directly(toy: nn.Module) -> None:
     )
     toy.train_step(toy_batch(0, 4), wrapper)
     assert float(wrapper.last_regularization) == pytest.approx(3 * float(value), rel=1e-5)
+
+
+@pytest.mark.parametrize('constructor', [None, CONSTRUCTOR])
+def test_steps_with_weight_decay_are_told_of(
+    toy: nn.Module, constructor: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dict(
+        type='slope_mm.SlopeOptimWrapper',
+        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+        regularizer=dict(type='none'),
+    )
+    wrapper = build_optim_wrapper(
+        toy, {**options, **({'constructor': constructor} if constructor else {})}
+    )
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(2):
+            toy.train_step(toy_batch(0, 4), wrapper)
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = caplog.text.count('6 quantization steps have weight decay')
+    assert told == (0 if constructor else 1)
+
+
+def test_an_optimizer_that_deals_out_parameters_is_refused(toy: nn.Module) -> None:
+    optimizer = dict(type='ZeroRedundancyOptimizer', optimizer_type='AdamW', lr=1e-3)
+    options = dict(constructor=CONSTRUCTOR, optimizer=optimizer, regularizer=dict(type='none'))
+    torch.distributed.init_process_group(
+        'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        with pytest.raises(
+            ConfigError, match='ZeroRedundancyOptimizer.*optimizer_type as the type'
+        ):
+            build_optim_wrapper(toy, options)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_steps_stay_positive_after_a_huge_update(toy: nn.Module) -> None:
