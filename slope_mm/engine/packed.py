@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from typing import Any
 import mmengine.registry
 from mmengine.config import Config
 from mmengine.registry import MODELS, Registry, init_default_scope
-from mmengine.utils import get_object_from_string
 from torch import nn
 
 from slope_mm.errors import PackedFileError
@@ -70,17 +70,25 @@ def by_name(value: Any, key: str = '') -> Any:
         return type(value)(by_name(item) for item in value)
     if key != 'type':
         return value
-    # One dot may be a scope.
-    dotted = isinstance(value, str) and value.count('.') > 1
-    if isinstance(value, str) and not dotted:
-        return value
-    found = get_object_from_string(value) if dotted else value
+    found = value
+    if isinstance(value, str):
+        # One dot may be a scope.
+        found = _object_at(value) if value.count('.') > 1 else None
+        if found is None:
+            return value
     name = registered_name(found)
-    if name is None and found is not None and not isinstance(found, type):
-        # mmcv looks up its NMS functions by their own names, which no registry has; one of them
-        # is named like its module.
-        name = value.rpartition('.')[2] if dotted else getattr(found, '__name__', None)
+    if name is None and not isinstance(found, type):
+        # mmcv looks up its NMS functions by their own names, which no registry has.
+        name = getattr(found, '__name__', None)
     return name or value
+
+
+def _object_at(path: str) -> Any:
+    module, _, name = path.rpartition('.')
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
 
 
 def registered_name(kind: Any) -> str | None:

@@ -35,7 +35,7 @@ class Tie(NamedTuple):
         if not all(_equal(values[0], value) for value in values[1:]):
             return False
         for module, name in self.owners[1:]:
-            module._parameters[name] = values[0]  # type: ignore[assignment]
+            module._parameters[name] = values[0]
         return True
 
 
