@@ -102,25 +102,34 @@ class CompressedLayer(SavedState):
         # What the training loop multiplies losses by (AMP scale over accumulated batches): the
         # part of SR-STE's gradient that is not a loss has to follow it.
         self.loss_factor = 1.0
-        weight, trains = self.weight, self.weight.requires_grad
-        self.register_parameter('slope_step', None)
-        self.register_parameter('slope_act_step', None)
+        # A frozen weight's step is frozen too, or DDP would wait for its gradient.
+        trains = self.weight.requires_grad
+        state = self.first_state(self.weight.device)
+        for key in ('slope_step', 'slope_act_step'):
+            step = state.get(key)
+            own = None if step is None else nn.Parameter(step, requires_grad=trains)
+            self.register_parameter(key, own)
+        if 'slope_act_signed' in state:
+            self.register_buffer('slope_act_signed', state['slope_act_signed'])
+        self.register_buffer('slope_mask', None)
+        self.register_buffer('slope_layer', state['slope_layer'])
+        if self._codes is not None:
+            self._await_initialisation()
+
+    def first_state(self, device: torch.device) -> dict[str, Tensor]:
+        spec, state = self.slope_spec, {}
         if self._codes is not None:
             axis = self.output_axis if spec.step == 'channel' else None
-            step = torch.ones(step_shape(tuple(weight.shape), axis), device=weight.device)
-            # A frozen weight's step is frozen too, or DDP would wait for its gradient.
-            self.slope_step = nn.Parameter(step, requires_grad=trains)
-            self._await_initialisation()
+            shape = step_shape(tuple(self.weight.shape), axis)
+            state['slope_step'] = torch.ones(shape, device=device)
         if spec.activation_bits is not None:
-            step = torch.ones(self.inputs, device=weight.device)
-            self.slope_act_step = nn.Parameter(step, requires_grad=trains)
-            signed = torch.full(
-                (self.inputs,), UNCALIBRATED, dtype=torch.int8, device=weight.device
+            state['slope_act_step'] = torch.ones(self.inputs, device=device)
+            state['slope_act_signed'] = torch.full(
+                (self.inputs,), UNCALIBRATED, dtype=torch.int8, device=device
             )
-            self.register_buffer('slope_act_signed', signed)
-        self.register_buffer('slope_mask', None)
         text = torch.frombuffer(bytearray(spec.signature.encode()), dtype=torch.uint8)
-        self.register_buffer('slope_layer', text.to(weight.device))
+        state['slope_layer'] = text.to(device)
+        return state
 
     def settle(self) -> None:
         """Takes away what a baked layer of another class than the stock one has no use for."""

@@ -33,12 +33,28 @@ class SavedState(SharedWeightScope, QuantizedInput):
     slope_spec: LayerSpec
     slope_step: nn.Parameter | None
     slope_mask: Tensor | None
+    slope_layer: Tensor
     _step_ready: bool
     _placeholder: Tensor | None
 
     def initialise_step(self) -> None:
         """Sets the weight steps to those of least squared error."""
         raise NotImplementedError
+
+    def first_state(self, device: torch.device) -> dict[str, Tensor]:
+        """What the layer adds to the state dict, as it is before anything is known."""
+        raise NotImplementedError
+
+    def _make_real(self) -> None:
+        """Gives a layer that was built on ``meta`` what a stock checkpoint did not bring."""
+        if self.weight.is_meta or not self.slope_layer.is_meta:
+            return
+        for key, value in self.first_state(self.weight.device).items():
+            parameter = self._parameters.get(key)
+            if parameter is None:
+                self._buffers[key] = value
+            elif parameter.is_meta:
+                self._parameters[key] = nn.Parameter(value, parameter.requires_grad)
 
     def _await_initialisation(self) -> None:
         """Marks the steps as they stand as placeholders, to be computed from ``weight``."""
@@ -93,6 +109,7 @@ class SavedState(SharedWeightScope, QuantizedInput):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        self._make_real()
         own = prefix + 'slope_'
         missing_keys.extend(key for key in missing if not key.startswith(own))
         if prefix + 'slope_step' in state_dict:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from layer_cases import DENSE_W4, W4A4, any_kind, compress, compress_slowly, input_for, stock_layer
 from mmcv.cnn.bricks import wrappers
 from mmengine.model import BaseModule, ExponentialMovingAverage
-from torch import nn
+from torch import Tensor, nn
 
 import slope_mm
 from slope_mm.layers import LAYER_KINDS, CompressedLayer, SlopeConv2d, stock_type
@@ -228,6 +228,31 @@ def test_a_moving_average_keeps_its_averaged_steps() -> None:
     assert layer.calibrated and layer.activation_signed is True
     x = torch.randn(4, 8)
     assert not torch.equal(layer(x), F.linear(x, layer.compressed_weight(), layer.bias))
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+def test_a_model_built_without_memory_takes_a_checkpoint_as_its_own(compressed: bool) -> None:
+    """Large models are built on ``meta``; a stock checkpoint brings nothing of the compression."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+
+    def forward(model: Any) -> Tensor:
+        return model[1](*[model[0](x)] * 3)[0]
+
+    stock, x = build(), torch.randn(3, 2, 8)
+    wanted = compress(copy.deepcopy(stock), W4A4)
+    if compressed:
+        forward(wanted.train())
+    with torch.device('meta'):
+        model = build()
+    compress(model, W4A4)
+    given = copy.deepcopy(wanted if compressed else stock).state_dict()
+    model.load_state_dict(given, assign=True)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert list(model.state_dict()) == list(wanted.state_dict())
+    assert torch.equal(forward(model.train()), forward(wanted.train()))
+    assert model[0].activation_signed is True
 
 
 # --- frozen layers, devices of low precision -----------------------------------------------------
