@@ -53,7 +53,7 @@ def stock_model(model: Mapping[str, Any]) -> dict[str, Any]:
 def _without_init(value: Any) -> Any:
     # The weights are in the file; initialisers would fetch others from elsewhere.
     if isinstance(value, Mapping):
-        return {k: _without_init(v) for k, v in value.items() if k not in ('init_cfg', '_scope_')}
+        return {k: _without_init(v) for k, v in value.items() if k != 'init_cfg'}
     if isinstance(value, (list, tuple)):
         return type(value)(_without_init(item) for item in value)
     return value
@@ -150,6 +150,12 @@ def _check_types(value: Any, name: str) -> None:
             raise PackedFileError(
                 f"the config of {name} asks for '{kind[:100]}', which is no registered model of"
                 f' {", ".join(SCOPES)}; build the model yourself, and give it as'
+                ' load_packed(path, model)'
+            )
+        if value.get('_scope_', SCOPES[0]) not in SCOPES:
+            raise PackedFileError(
+                f"the config of {name} asks for the scope '{str(value['_scope_'])[:100]}', which is"
+                f' none of {", ".join(SCOPES)}; build the model yourself, and give it as'
                 ' load_packed(path, model)'
             )
         for item in value.values():

@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import slope_mm
@@ -280,6 +281,23 @@ def test_an_average_of_what_is_calibrated_late_starts_there(
     assert float(averaged.slope_act_step) == pytest.approx(step, rel=0.02)
     saved = torch.load(run.checkpoint, weights_only=False)['state_dict']
     assert int(saved['branch.slope_act_signed']) == 1
+
+
+def test_an_average_starts_where_a_resumed_run_calibrates(tmp_path: Path) -> None:
+    hooks = [dict(type='EMAHook', momentum=0.0002), dict(type=OWN_HOOK, batches=1)]
+    options: Any = dict(model__arch='BranchNet', custom_hooks=hooks)
+    first = tiny.train(tiny.toy_config(tmp_path, train_cfg__max_iters=2, **options))
+    assert first.model.branch.activation_signed is None
+    config = tiny.toy_config(tmp_path, train_cfg__max_iters=3, resume=True, **options)
+    runner = Runner.from_cfg(config)
+    # As after the second iteration: from now on the branch sees the whole batch.
+    runner.model.seen = 3
+    runner.train()
+    assert 'calibrated the inputs of 1 layers' in tiny.read_log(tmp_path)
+    average = next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model'))
+    step = float(runner.model.branch.slope_act_step)
+    assert step < 0.9
+    assert float(average.module.branch.slope_act_step) == pytest.approx(step, rel=0.02)
 
 
 def test_evaluation_does_not_calibrate(detector: nn.Module, config: Config) -> None:

@@ -109,6 +109,30 @@ def test_without_a_config_the_model_has_to_be_given(
     assert_same(predict(model), expected)
 
 
+def test_a_scope_of_the_model_alone_is_carried(tmp_path: Path) -> None:
+    """``mmdet::`` bases say so in the model section, below another default scope."""
+    file = tmp_path / 'config.py'
+    file.write_text(
+        "_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py']\n"
+        "default_scope = 'mmengine'\n"
+        "model = dict(type='slope_mm.SlopeModel', arch='RetinaNet',\n"
+        '    recipe=dict(weight=dict(bits=4)),\n'
+        '    backbone=dict(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1),\n'
+        '    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),\n'
+        '    bbox_head=dict(in_channels=16, feat_channels=16, num_classes=3))\n'
+    )
+    config = Config.fromfile(file)
+    init_default_scope('mmengine')
+    model = MODELS.build(config.model)
+    told = stock_config(config)
+    save_packed(model, tmp_path / 'model.slope', dict(config=told))
+    assert type(slope_mm.load_packed(tmp_path / 'model.slope')) is RetinaNet
+    told['model']['_scope_'] = 'elsewhere'
+    save_packed(model, tmp_path / 'model.slope', dict(config=told))
+    with pytest.raises(PackedFileError, match="the scope 'elsewhere'.*build the model yourself"):
+        slope_mm.load_packed(tmp_path / 'model.slope')
+
+
 @pytest.mark.parametrize('by_model', [False, True])
 def test_a_lazy_configs_classes_are_carried_by_name(by_model: bool, tmp_path: Path) -> None:
     """mmengine's lazy configs hold classes, and its registries know their names."""
@@ -212,3 +236,21 @@ def test_the_hook_packs_averaged_weights_where_they_are_saved(
     found = read_packed(run.checkpoint.with_suffix('.slope'))
     key = 'backbone.conv1.weight'
     assert not torch.equal(torch.from_numpy(found[key].copy()), latent[key])
+
+
+def test_the_best_of_each_metric_and_checkpoints_within_a_ramp(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Two metrics have two best checkpoints; who loads one of a ramp gets the target pattern."""
+    config = export_config(tiny_config, tmp_path / 'run', epochs=2)
+    metrics = ['coco/bbox_mAP', 'coco/segm_mAP']
+    config.default_hooks.checkpoint.update(interval=1, save_best=metrics, rule='greater')
+    config.custom_hooks.append(dict(type='slope_mm.SlopeScheduleHook', ramp_until=1.0))
+    run = tiny.train(config)
+    files = {path.stem for path in (tmp_path / 'run').glob('*.slope')}
+    checkpoints = {path.stem for path in (tmp_path / 'run').glob('*.pth')}
+    assert files == checkpoints and 'epoch_1' in files
+    for metric in ('bbox', 'segm'):
+        assert any(name.startswith(f'best_coco_{metric}_mAP') for name in files)
+    for name in files:
+        assert_beside(tmp_path / 'run' / f'{name}.pth', run.config)

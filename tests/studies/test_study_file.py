@@ -60,7 +60,13 @@ def test_the_key_arms_have_five_seeds_on_shapes_and_three_on_nuclei() -> None:
     counts = {
         task.name: {len(study.seeds(task, arm)) for arm in study.arms} for task in study.tasks
     }
-    assert counts == {'shapes': {5}, 'nuclei': {3}, 'nuclei_long': {3}, 'shapes_brief': {5}}
+    assert counts == {
+        'shapes': {5},
+        'shapes_trained': {3},
+        'nuclei': {3},
+        'nuclei_long': {3},
+        'shapes_brief': {5},
+    }
 
 
 def test_lambda_is_swept_over_five_decades() -> None:

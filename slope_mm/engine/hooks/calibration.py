@@ -49,18 +49,23 @@ class SlopeCalibrationHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Calibrates what is not calibrated yet."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._calibrate(runner, model)
         self._waiting = [
             (name, which)
             for name, layer in uncalibrated_layers(model).items()
             for which in range(layer.inputs)
             if layer.input_signed(which) is None
         ]
+        self._calibrate(runner, model)
+        # A resumed run has averages of before.
+        self._start_averages(runner)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Starts the averages of what this iteration calibrated."""
+        self._start_averages(runner)
+
+    def _start_averages(self, runner: Any) -> None:
         if not self._waiting:
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

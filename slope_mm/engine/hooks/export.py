@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
+from slope_mm.convert import compressed_layers
 from slope_mm.engine.packed import stock_config
 from slope_mm.packing.writer import SMALLEST, save_packed
 
@@ -43,8 +44,7 @@ class SlopeExportHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Leaves checkpoints of an earlier run alone."""
-        for key in ('last_ckpt', 'best_ckpt'):
-            self._seen[key] = runner.message_hub.runtime_info.get(key)
+        self._seen = self._named(runner)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Remembers what is being saved; its name is known once it is there."""
@@ -68,17 +68,25 @@ class SlopeExportHook(Hook):
         saved, self._saved = self._saved, None
         if saved is None:
             return
-        for key, seen in self._seen.items():
-            checkpoint = runner.message_hub.runtime_info.get(key)
-            if checkpoint is not None and checkpoint != seen:
+        for key, checkpoint in self._named(runner).items():
+            if checkpoint is not None and checkpoint != self._seen.get(key):
                 self._seen[key] = checkpoint
                 if is_main_process():
                     self._export(runner, saved, Path(checkpoint).with_suffix('.slope'))
+
+    @staticmethod
+    def _named(runner: Any) -> dict[str, Any]:
+        """Where the last checkpoint lies, and the best one of each metric."""
+        info = runner.message_hub.runtime_info
+        return {k: v for k, v in info.items() if k == 'last_ckpt' or k.startswith('best_ckpt')}
 
     def _export(self, runner: Any, checkpoint: dict[str, Any], path: Path) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         saved = copy.deepcopy(model).cpu()
         saved.load_state_dict(checkpoint['state_dict'])
+        for layer in compressed_layers(saved).values():
+            # A checkpoint knows nothing of a ramp, and neither does who loads it.
+            layer.set_pattern(layer.slope_spec.pattern)
         meta = dict(
             config=stock_config(runner.cfg),
             dataset_meta=getattr(runner.train_dataloader.dataset, 'metainfo', None),
