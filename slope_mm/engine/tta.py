@@ -19,11 +19,20 @@ def check_tta(config: Config) -> None:
     """
     kind = config.get('tta_model', {}).get('type', DEFAULT_MODEL)
     heads = (config.model, config.model.get('roi_head') or {})
-    if str(kind).endswith(DEFAULT_MODEL) and any(part.get('mask_head') for part in heads):
+    masks = any(part.get('mask_head') for part in heads) or _scores_masks(config)
+    if str(kind).endswith(DEFAULT_MODEL) and masks:
         raise ConfigError(
             f"--tta: mmdet's {DEFAULT_MODEL} merges boxes alone, but this model predicts masks;"
             ' leave the flag out, or set tta_model to one of your own that merges masks'
         )
+
+
+def _scores_masks(config: Config) -> bool:
+    """Whether masks are evaluated: not every model that predicts them has a mask head."""
+    evaluators = config.get('test_evaluator') or []
+    evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
+    metrics = [evaluator.get('metric') or () for evaluator in evaluators]
+    return any('segm' in ([m] if isinstance(m, str) else m) for m in metrics)
 
 
 def use_tta(config: Config) -> None:

@@ -90,7 +90,11 @@ def curves_of(folder: Path) -> dict[str, list[float | None]]:
     looks: dict[int, dict[str, float]] = {}
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
         for line in path.read_text().splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                # Killed while it wrote; the resumed run writes this iteration again.
+                continue
             if 'loss' in row:
                 looks[int(row.get('iter', row['step']))] = row
     iterations = sorted(looks)

@@ -21,7 +21,9 @@ import torch
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 
+from slope_mm import ConfigError
 from slope_mm.engine import launch
+from slope_mm.engine.tta import check_tta
 
 MakeConfig = Callable[..., Config]
 
@@ -361,6 +363,14 @@ def test_tta_of_masks_is_not_to_be_had(slope_run: tiny.Run, tmp_path: Path) -> N
     arguments = (slope_run.file, slope_run.checkpoint, '--work-dir', tmp_path / 'work', '--tta')
     assert_refused(*call('test', *arguments), ['--tta', 'merges boxes alone', 'leave the flag out'])
     assert contents(tmp_path / 'work') is None
+
+
+@pytest.mark.parametrize('name', ['mask2former_r50_slope_w4', 'rtmdet_ins_s_slope_w4'])
+def test_tta_of_masks_without_a_mask_head_is_refused(name: str) -> None:
+    config = Config.fromfile(tiny.ROOT / 'configs' / f'{name}.py')
+    assert 'mask_head' not in config.model
+    with pytest.raises(ConfigError, match='merges boxes alone'):
+        check_tta(config)
 
 
 def test_tta_of_boxes(slope_run: tiny.Run, evaluated: Path, tmp_path: Path) -> None:
