@@ -86,6 +86,11 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
     Raises:
         ConfigError: If the config has a SlopeModel already.
     """
+    if not isinstance(config.model.type, str):
+        raise ConfigError(
+            f"'{stock_path}' names classes (mmengine's lazy style), from which no config with"
+            ' strings can inherit; write type=SlopeModel, arch=…, recipe=… into a copy of it'
+        )
     if 'recipe' in config.model or str(config.model.type).endswith('SlopeModel'):
         raise ConfigError(f"'{stock_path}' has a SlopeModel already; give a stock config")
     unfrozen = ''

@@ -194,7 +194,13 @@ class Distillation:
     def _losses(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         if self.loss.features:
-            pairs = [self._outputs[n] for n in self.loss.features if n in self._outputs]
+            for name in self.loss.features:
+                if name not in self._outputs:
+                    raise ConfigError(
+                        f'distillation compares the features of {name!r}, whose forward nobody'
+                        ' called; name a module that the model calls'
+                    )
+            pairs = [self._outputs[name] for name in self.loss.features]
             both = [(list(tensors_of(s)), list(tensors_of(t))) for s, t in pairs]
             terms = [feature_loss(s, t) for s, t in both]
             found[FEATURES] = self.loss.feature_weight * torch.stack(terms).mean()

@@ -68,6 +68,7 @@ class SlopeOptimWrapperConstructor:
         if 'regularizer' not in cfg:
             raise ConfigError(MISSING)
         given = cfg.pop('regularizer')
+        check_optimizer(cfg.get('optimizer') or {})
         self.regularizer = Regularizer.parse(given)
         self.step_limit = check_step_limit(cfg.pop('step_limit', STEP_LIMIT))
         kind = cfg.get('type', 'OptimWrapper')
@@ -96,8 +97,7 @@ class SlopeOptimWrapperConstructor:
         """Builds the wrapper for a (possibly DDP-wrapped) model.
 
         Raises:
-            ConfigError: If the constructor builds several wrappers, the model is sharded, or the
-                optimizer deals out its parameters among ranks.
+            ConfigError: If the constructor builds several wrappers, or the model is sharded.
         """
         check_wrapped(model)
         wrapper = OPTIM_WRAPPER_CONSTRUCTORS.build(self.base)(model)
@@ -106,7 +106,6 @@ class SlopeOptimWrapperConstructor:
                 f'{self.base["type"]} built a {type(wrapper).__name__}, which has no single loss'
                 ' to regularize; use a constructor that builds one OptimWrapper'
             )
-        check_optimizer(wrapper.optimizer)
         wrapper.__class__ = _regularized(type(wrapper))
         wrapper.set_regularizer(self.regularizer)
         wrapper.step_limit = self.step_limit

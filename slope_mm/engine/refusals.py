@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from mmdet.engine.hooks import MeanTeacherHook
 from mmengine.config import Config
 from mmengine.registry import HOOKS
@@ -121,14 +120,16 @@ def check_wrapped(model: nn.Module) -> None:
         raise ConfigError(SHARDED.format(kind=type(model).__name__))
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(optimizer: Any) -> None:
     """Refuses optimizers that deal out parameters among ranks before steps have their group.
 
+    Args:
+        optimizer: ``optim_wrapper.optimizer``.
+
     Raises:
-        ConfigError: If it is torch's ``ZeroRedundancyOptimizer`` or mmengine's.
+        ConfigError: If it is mmengine's ``ZeroRedundancyOptimizer``.
     """
-    # By name: not every torch has it.
-    if any(kind.__name__ == 'ZeroRedundancyOptimizer' for kind in type(optimizer).__mro__):
+    if _name(optimizer) == 'ZeroRedundancyOptimizer':
         raise ConfigError(
             'optim_wrapper.optimizer: ZeroRedundancyOptimizer deals out parameters among the ranks'
             ' when it is built, and the steps of a SlopeModel get their group after that; name its'

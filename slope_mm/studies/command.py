@@ -131,6 +131,9 @@ def selected(trials: Sequence[Trial], study: Study, options: Options) -> list[Tr
                 raise ConfigError(f'--tasks: there is no {task!r}{nearest(task, known)}')
         chosen = [trial for trial in chosen if trial.task.name in options.tasks]
     if options.seeds:
+        seeds = sorted({trial.seed for trial in chosen})
+        if not set(options.seeds) & set(seeds):
+            raise ConfigError(f'--seeds: nothing that is chosen has seeds {options.seeds}: {seeds}')
         chosen = [trial for trial in chosen if trial.seed in options.seeds]
     return chosen
 

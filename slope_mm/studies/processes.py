@@ -89,7 +89,9 @@ class Launcher:
             'PYTHONUNBUFFERED': '1',
             'OMP_NUM_THREADS': threads,
             'MKL_NUM_THREADS': threads,
+            # tools/dist_train.sh reads the first, Slurm's ranks the second.
             'PORT': str(FIRST_PORT + slot),
+            'MASTER_PORT': str(FIRST_PORT + slot),
             'GPUS': str(self.processes),
             'GPUS_PER_NODE': os.environ.get('GPUS_PER_NODE', str(min(self.processes, 8))),
         }

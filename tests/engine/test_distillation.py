@@ -208,6 +208,18 @@ def test_names_that_are_wrong_are_refused(
         Distillation(model, copy.deepcopy(model), mirrored, loss)
 
 
+def test_features_of_a_module_that_nobody_calls_are_refused(config: Config) -> None:
+    """A two-stage detector calls methods of its roi_head, never its forward."""
+    student = tiny.build(config).train()
+    names = (*TWO_STAGE, 'roi_head')
+    loss = DistillationLoss(('roi_head',), ())
+    distillation = Distillation(student, copy.deepcopy(student), names, loss)
+    data = student.data_preprocessor(tiny.first_batch(config), True)
+    with pytest.raises(ConfigError, match="features of 'roi_head', whose forward nobody called"):
+        student._run_forward(data, mode='loss')
+    distillation.detach()
+
+
 def test_a_gap_between_mirrored_modules_is_named(config: Config) -> None:
     student = tiny.build(config).train()
     teacher = copy.deepcopy(student)

@@ -250,6 +250,29 @@ def test_a_ramp_to_the_end_trains_with_the_pattern_at_last(tmp_path: Path, until
     assert {kept_in_groups(mask).pop() for mask in notes.masks[-1].values()} == {2}
 
 
+class Evaluation(tiny.Observer):
+    """Evaluates after every iteration: calls what the validation loop calls first."""
+
+    def __init__(self) -> None:
+        self.masks: list[dict[str, Tensor]] = []
+
+    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+        runner.call_hook('before_val_epoch')
+        self.masks.append(tiny.masks_of(runner.model))
+
+
+def test_evaluations_within_a_ramp_are_of_what_checkpoints_load_as(tmp_path: Path) -> None:
+    """A checkpoint knows no ramp: denser models would be chosen as the best and never saved."""
+    evaluated, plain = Evaluation(), Diary()
+    train(config_with(tmp_path / 'a', ramp_until=6), evaluated, notes := Diary())
+    for masks in evaluated.masks:
+        assert {kept for mask in masks.values() for kept in kept_in_groups(mask)} == {2}
+    # And training goes on with the ramp as if nobody had looked.
+    train(config_with(tmp_path / 'b', ramp_until=6), plain)
+    for seen, expected in zip(notes.masks, plain.masks, strict=True):
+        assert same(seen, expected)
+
+
 @pytest.mark.parametrize('freeze_at', [6, 7, None])
 def test_ramp_reaches_the_pattern_also_between_intervals(
     tmp_path: Path, freeze_at: int | None

@@ -85,6 +85,7 @@ def test_threads_do_not_depend_on_the_machine_nor_on_the_jobs() -> None:
     for environment in (one, many):
         assert (environment['OMP_NUM_THREADS'], environment['MKL_NUM_THREADS']) == ('1', '1')
     assert one['PORT'] != many['PORT']
+    assert one['MASTER_PORT'] == one['PORT'] and many['MASTER_PORT'] == many['PORT']
 
 
 def test_the_last_error_line_is_found_among_what_comes_after() -> None:

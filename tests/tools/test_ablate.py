@@ -165,6 +165,7 @@ def test_the_plan_runs_nothing(ablate: Callable[..., tuple[int, str, str]], stud
     [
         (['--arms', 'slop'], "'slop' is no arm; nearest: 'slope'"),
         (['--tasks', 'shape'], "no 'shape'; nearest: 'shapes'"),
+        (['--seeds', '99'], 'nothing that is chosen has seeds'),
         (['--jobs', '0'], '--jobs 0'),
         (['--processes', '2'], '--processes needs --launcher'),
         (['--quick'], 'no short form'),

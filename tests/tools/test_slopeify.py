@@ -37,6 +37,17 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run_tool
 
 
+def test_a_lazy_config_has_no_child(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (tiny.ROOT / 'tests/engine/lazy_retinanet.py').read_text()
+    stock = text.replace('type=SlopeModel,\n    arch=RetinaNet', 'type=RetinaNet')
+    stock = stock.replace("    recipe=dict(weight=dict(sparsity='2:4', bits=4)),\n", '')
+    (tmp_path / 'stock.py').write_text(stock)
+    arguments = (tmp_path / 'stock.py', '--recipe', 'naive_w4', '-o', tmp_path / 'mine.py')
+    assert tiny.call_tool('slopeify', *arguments) != 0
+    assert 'names classes' in capsys.readouterr().err
+    assert not (tmp_path / 'mine.py').exists()
+
+
 def test_the_child_config_is_the_stock_model_compressed(
     run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

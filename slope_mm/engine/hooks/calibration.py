@@ -26,7 +26,7 @@ class SlopeCalibrationHook(Hook):
     Note:
         Images are taken straight from the training data set, evenly spread and different on every
         rank, so neither the order of the training batches nor any random state changes. Ranges are
-        pooled over ranks. A resumed model is calibrated already and stays as it is. Without this
+        pooled over ranks. What a resumed model has calibrated stays as it is. Without this
         hook the first training batch calibrates.
 
         What sees its first input later (a head without regions) is calibrated then; this hook

@@ -68,6 +68,7 @@ class SlopeScheduleHook(Hook):
             point_in_training(value, 1, f'SlopeScheduleHook {what}')
         self.warmup, self.freeze_at, self.ramp_until = warmup, freeze_at, ramp_until
         self.mask_interval, self.decay_from = mask_interval, decay_from
+        self._ramp = 0
 
     def before_train(self, runner: Any) -> None:
         """Turns shares of the training into iterations."""
@@ -109,6 +110,12 @@ class SlopeScheduleHook(Hook):
             refresh = iteration == self._ramp > 0
             refresh |= not frozen and iteration % self.mask_interval == 0
             self._hold(model, averaged_layers(runner), refresh)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Evaluates what a checkpoint of now loads as: with the target pattern, also in a ramp."""
+        if self._ramp:
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            self._set_patterns(model, self._ramp)
 
     def _frozen(self, iteration: int) -> bool:
         return self._freeze is not None and iteration >= self._freeze
