@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -31,7 +32,8 @@ def batch_norm_pairs(model: nn.Module, any_step: bool = False) -> list[tuple[str
     """Names of layers and of the batch norms that run right behind them.
 
     Known are mmcv's ``ConvModule``, ``nn.Sequential`` and the blocks of ResNets. A layer or norm
-    that several pairs share is left out.
+    that belongs to several modules, or shares a parameter with another one, is left out: what is
+    folded into it would be seen there as well.
 
     Args:
         model: A compressed or plain model.
@@ -45,12 +47,21 @@ def batch_norm_pairs(model: nn.Module, any_step: bool = False) -> list[tuple[str
         for layer, norm in _pairs_of(module)
         if isinstance(norm, _BatchNorm) and _foldable(layer, norm, any_step)
     ]
+    owners = Counter(id(child) for module in names for child in set(module.children()))
+    owners += Counter(id(p) for module in names for p in module._parameters.values())
     layers, norms = [p[0] for p in pairs], [p[1] for p in pairs]
     return [
         (names[layer], names[norm])
         for layer, norm in pairs
-        if layers.count(layer) == 1 and norms.count(norm) == 1
+        if layers.count(layer) == 1
+        and norms.count(norm) == 1
+        and all(owners[id(part)] == 1 for part in (layer, norm, *_parameters_of(layer, norm)))
     ]
+
+
+def _parameters_of(*modules: nn.Module) -> Iterator[nn.Parameter]:
+    for module in modules:
+        yield from module.parameters(recurse=False)
 
 
 def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -65,7 +76,9 @@ def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         for number in ('1', '2', '3'):
             layer = getattr(module, f'conv{number}', None)
             norm = getattr(module, f'norm{number}', None) or getattr(module, f'bn{number}', None)
-            if isinstance(layer, nn.Module) and isinstance(norm, nn.Module):
+            # Blocks that normalize first have the same names, and the norm above the layer.
+            parts = list(module.children())
+            if layer in parts and norm in parts and parts.index(layer) < parts.index(norm):
                 yield layer, norm
 
 

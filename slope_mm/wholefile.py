@@ -31,7 +31,9 @@ def write_whole(path: str | os.PathLike[str], content: bytes | bytearray) -> Non
     if target.exists() and not target.is_file() and not target.is_dir():
         target.write_bytes(content)
         return
-    partial = target.with_name(f'.{target.name[:200]}.{secrets.token_hex(4)}.part')
+    # Names are limited in bytes.
+    name = os.fsdecode(os.fsencode(target.name)[:200])
+    partial = target.with_name(f'.{name}.{secrets.token_hex(4)}.part')
     try:
         with partial.open('xb') as file:
             file.write(content)

@@ -87,6 +87,37 @@ def test_only_norms_right_behind_a_layer_of_their_own_are_folded(net: nn.Module)
     assert [layer for layer, _ in batch_norm_pairs(net)] == FOLDED
 
 
+class BasicBlock(nn.Module):
+    """The same names once more, in the order of a block that normalizes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.bn1(x).relu())
+
+
+class UsedTwice(nn.Module):
+    """A convolution with its norm and without, and two that are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(8, 8, 1)
+        self.first = nn.Sequential(conv, nn.BatchNorm2d(8))
+        self.second = nn.Sequential(conv, nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.fourth = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.fourth[0].weight = self.third[0].weight
+
+
+@pytest.mark.parametrize('kind', [BasicBlock, UsedTwice])
+def test_what_is_seen_elsewhere_or_runs_in_another_order_is_left_alone(
+    kind: type[nn.Module],
+) -> None:
+    assert batch_norm_pairs(kind()) == []
+
+
 @pytest.mark.parametrize('codes', ['symmetric', 'odd', 'lsq'])
 @pytest.mark.parametrize('inplace', [False, True])
 def test_folded_models_compute_the_same_with_the_same_codes(

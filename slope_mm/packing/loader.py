@@ -177,7 +177,8 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
             if key not in module._non_persistent_buffers_set
         ]
         for key, tensor in [*module._parameters.items(), *saved]:
-            if tensor is not None and not key.startswith('slope_'):
+            added = isinstance(module, CompressedLayer) and key.startswith('slope_')
+            if tensor is not None and not added:
                 tensors[f'{name}.{key}' if name else key] = tensor
     return tensors
 

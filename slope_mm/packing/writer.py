@@ -75,7 +75,7 @@ def save_packed(
     and steps of its weights, the steps and signs of its input quantizers, everything else as it is.
 
     Args:
-        model: A compressed model, on any device.
+        model: A compressed model, on any device; DDP's and torch.compile's wrappers are taken off.
         path: The file to write; what stands there is replaced once the new one is complete.
         meta: What the header tells beside, as JSON can: ``config`` (the stock model's config, from
             which ``slope_mm.load_packed(path)`` builds it; a SlopeModel knows its model section),
@@ -114,6 +114,7 @@ def pack(
         raise PackedFileError(
             f'dtype={dtype!r} is unknown; choose one of {sorted(HALF_DTYPES)}, or None'
         )
+    model = _unwrapped(model)
     layers = {w.name: w.layer for w in find_weights(model) if w.layer is not None}
     keys = {w.name: w.key for w in find_weights(model) if w.layer is not None}
     if not layers:
@@ -152,6 +153,13 @@ def pack(
         'aliases': aliases,
     }
     return _serialise(header, tensors)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    # torch.compile's.
+    return getattr(model, '_orig_mod', model)
 
 
 def _described(model: nn.Module, meta: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -276,19 +284,35 @@ def _plain_tensors(
     weights = set(keys.values())
     plain: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    storages: set[int] = set()
     for key, value in model.state_dict(keep_vars=True).items():
-        if key.rpartition('.')[2].startswith('slope_'):
+        owner, _, parameter = key.rpartition('.')
+        if parameter.startswith('slope_') and _is_compressed(model, owner):
             continue
         if not isinstance(value, Tensor) or value.dtype not in DTYPE_NAMES:
             raise PackedFileError(f"'{key}' is no tensor that a packed file can hold")
         known = first.setdefault(id(value), key)
         if known == key:
             if key not in weights:
-                plain[key] = value.detach().cpu()
+                plain[key] = _apart(value, storages)
             continue
         _refuse_tie(model, key, known)
         aliases[key] = known
     return plain, aliases
+
+
+def _is_compressed(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), CompressedLayer)
+
+
+def _apart(value: Tensor, storages: set[int]) -> Tensor:
+    """A tensor that safetensors takes: without gaps, in memory that none of the others lies in."""
+    tensor = value.detach().cpu().contiguous()
+    place = tensor.untyped_storage().data_ptr()
+    if place in storages:
+        return tensor.clone()
+    storages.add(place)
+    return tensor
 
 
 def _refuse_tie(model: nn.Module, key: str, known: str) -> None:

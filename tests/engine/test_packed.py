@@ -254,3 +254,14 @@ def test_the_best_of_each_metric_and_checkpoints_within_a_ramp(
         assert any(name.startswith(f'best_coco_{metric}_mAP') for name in files)
     for name in files:
         assert_beside(tmp_path / 'run' / f'{name}.pth', run.config)
+
+
+def test_a_checkpoint_of_always_the_same_name_has_its_newest_file(tmp_path: Path) -> None:
+    config = tiny.toy_config(tmp_path, train_cfg__max_iters=3)
+    config.default_hooks.checkpoint.update(interval=1, filename_tmpl='latest.ckpt')
+    config.custom_hooks = [dict(type='slope_mm.SlopeExportHook')]
+    run = tiny.train(config)
+    assert (tmp_path / 'latest.ckpt').exists()
+    assert read_packed(tmp_path / 'latest.slope').header['iteration'] == 3
+    found = read_packed(tmp_path / 'latest.slope')['first.weight'].copy()
+    assert torch.equal(torch.from_numpy(found), slope_mm.bake(run.model).first.weight)

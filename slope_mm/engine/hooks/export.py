@@ -40,7 +40,8 @@ class SlopeExportHook(Hook):
         self.coding, self.dtype = coding, dtype
         self._saved: dict[str, Any] | None = None
         self._seen: dict[str, Any] = {}
-        self._written: list[Path] = []
+        # What was written, and the checkpoint that it lies beside.
+        self._written: dict[Path, Path] = {}
 
     def before_train(self, runner: Any) -> None:
         """Leaves checkpoints of an earlier run alone."""
@@ -68,19 +69,25 @@ class SlopeExportHook(Hook):
         saved, self._saved = self._saved, None
         if saved is None:
             return
-        for key, checkpoint in self._named(runner).items():
-            if checkpoint is not None and checkpoint != self._seen.get(key):
-                self._seen[key] = checkpoint
+        for key, found in self._named(runner).items():
+            if found != self._seen.get(key):
+                self._seen[key] = found
                 if is_main_process():
-                    self._export(runner, saved, Path(checkpoint).with_suffix('.slope'))
+                    self._export(runner, saved, Path(found[0]))
 
     @staticmethod
-    def _named(runner: Any) -> dict[str, Any]:
-        """Where the last checkpoint lies, and the best one of each metric."""
-        info = runner.message_hub.runtime_info
-        return {k: v for k, v in info.items() if k == 'last_ckpt' or k.startswith('best_ckpt')}
+    def _named(runner: Any) -> dict[str, tuple[str, int | None]]:
+        """Where the last checkpoint and the best one of each metric lie, and when they were made.
 
-    def _export(self, runner: Any, checkpoint: dict[str, Any], path: Path) -> None:
+        A template without a number names them all alike.
+        """
+        return {
+            key: (path, Path(path).stat().st_mtime_ns if Path(path).exists() else None)
+            for key, path in runner.message_hub.runtime_info.items()
+            if path is not None and (key == 'last_ckpt' or key.startswith('best_ckpt'))
+        }
+
+    def _export(self, runner: Any, checkpoint: dict[str, Any], beside: Path) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         saved = copy.deepcopy(model).cpu()
         saved.load_state_dict(checkpoint['state_dict'])
@@ -93,9 +100,10 @@ class SlopeExportHook(Hook):
             epoch=checkpoint['meta']['epoch'],
             iteration=checkpoint['meta']['iter'],
         )
+        path = beside.with_suffix('.slope')
         size = save_packed(saved, path, meta, coding=self.coding, dtype=self.dtype)
         print_log(f'SLOPE: {path} has {size:,} bytes', logger='current', level=logging.INFO)
-        self._written.append(path)
-        for stale in [p for p in self._written if not p.with_suffix('.pth').exists()]:
+        self._written[path] = beside
+        for stale in [packed for packed, made in self._written.items() if not made.exists()]:
             stale.unlink(missing_ok=True)
-            self._written.remove(stale)
+            del self._written[stale]
