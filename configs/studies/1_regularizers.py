@@ -38,8 +38,8 @@ _long = dict(
     metrics=dict(box_mAP='coco/bbox_mAP', mask_mAP='coco/segm_mAP'),
     seeds=[0, 1, 2],
 )
-# The start of shapes is far from converged: fp32 itself gains in the three epochs. From one of twice
-# as many epochs, how much does compression cost, and does the regularizer still hold back?
+# The start of shapes is far from converged: fp32 itself gains in the three epochs. How much does
+# compression cost from a start of twice as many epochs, and does the regularizer still hold back?
 _trained = dict(
     title='shapes, start of 24 epochs',
     config='configs/mask_rcnn_r18_shapes_fp32.py',

@@ -46,7 +46,10 @@ class SecondMoments:
         self.layer = layer
         groups, _, columns = weight_matrix(layer, layer.weight).shape
         self.lengths = run_lengths(columns, _unit(layer))
-        self.moments = [[torch.zeros(n, n) for n in self.lengths] for _ in range(groups)]
+        place = layer.weight.device
+        self.moments = [
+            [torch.zeros(n, n, device=place) for n in self.lengths] for _ in range(groups)
+        ]
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:

@@ -92,14 +92,14 @@ def compress_columns(
     w = w.double().clone()
     rows, columns = w.shape
     corrected, compressed = torch.empty_like(w), torch.empty_like(w)
-    kept = torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask.clone()
+    kept = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.clone()
     steps = None if step is None else step.double()
     diagonal = factor.diagonal()
     # Whole groups in a block.
     block = _BLOCK if pattern is None else pattern.m * math.ceil(_BLOCK / pattern.m)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.empty(rows, stop - start, dtype=w.dtype)
+        errors = w.new_empty(rows, stop - start)
         for j in range(start, stop):
             if pattern is not None and j % pattern.m == 0:
                 group = slice(j, j + pattern.m)
