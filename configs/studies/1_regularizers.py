@@ -59,21 +59,9 @@ _trained = dict(
             ],
         },
     ),
-    options={
-        'train_cfg.max_epochs': 3,
-        'param_scheduler': [
-            dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=25),
-            dict(
-                type='CosineAnnealingLR',
-                by_epoch=True,
-                T_max=3,
-                eta_min=1e-6,
-                convert_to_iter_based=True,
-            ),
-        ],
-    },
-    shapes=dict(root='data/shapes'),
-    metrics=dict(box_mAP='coco/bbox_mAP', mask_mAP='coco/segm_mAP'),
+    options={{_base_.tasks.shapes.options}},
+    shapes={{_base_.tasks.shapes.shapes}},
+    metrics={{_base_.tasks.shapes.metrics}},
     seeds=[0, 1, 2],
 )
 tasks = dict(

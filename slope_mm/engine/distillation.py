@@ -108,12 +108,7 @@ class Distillation:
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         known, own = dict(student.named_modules()), dict(teacher.named_modules())
-        for name in mirrored:
-            for modules, whose in ((known, 'model'), (own, 'teacher')):
-                if name not in modules:
-                    raise ConfigError(
-                        f'distillation: the {whose} has no module {name!r}{nearest(name, modules)}'
-                    )
+        _refuse_unknown(mirrored, known, 'model')
         for name in (*loss.features, *loss.logits):
             if name not in mirrored:
                 raise ConfigError(
@@ -121,11 +116,10 @@ class Distillation:
                     f' {list(mirrored)}; add it there, with what comes before it'
                 )
         mirrored = _members(mirrored, known)
+        _refuse_unknown(mirrored, own, 'teacher')
         self.loss = loss = replace(
             loss, features=_members(loss.features, known), logits=_members(loss.logits, known)
         )
-        for name in (n for n in mirrored if n not in own):
-            raise ConfigError(f'distillation: the teacher has no module {name!r}')
         # The student's tensors stay alive for the step, so an id stands for one of them.
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         self._outputs: dict[str, tuple[Any, Any]] = {}
@@ -237,6 +231,14 @@ def _first_tensors(output: Any) -> list[Tensor]:
     """Class logits of a head's output: its first element, or what is in it."""
     first = output[0] if isinstance(output, (list, tuple)) else output
     return list(tensors_of(first))
+
+
+def _refuse_unknown(names: Sequence[str], modules: Mapping[str, nn.Module], whose: str) -> None:
+    for name in names:
+        if name not in modules:
+            raise ConfigError(
+                f'distillation: the {whose} has no module {name!r}{nearest(name, modules)}'
+            )
 
 
 def _members(names: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slope_mm.errors import PackedFileError
-from slope_mm.layers import Composite, CompressedLayer, Projection, find_weights
+from slope_mm.layers import CompressedLayer, find_weights
 from slope_mm.layers.standardized import StandardizedWeight
+from slope_mm.layers.ties import compressed_ties
 from slope_mm.ops import NMPattern, positive, to_codes
 from slope_mm.packing.codec import encode_weight
 from slope_mm.packing.container import (
@@ -122,6 +123,7 @@ def pack(
             'the model has no compressed layers to pack; give one that slope_mm converted, before'
             ' it is baked'
         )
+    _refuse_ties(model)
     half = None if dtype is None else HALF_DTYPES[dtype]
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, WeightLayout] = {}
@@ -296,7 +298,6 @@ def _plain_tensors(
             if key not in weights:
                 plain[key] = _apart(value, storages)
             continue
-        _refuse_tie(model, key, known)
         aliases[key] = known
     return plain, aliases
 
@@ -315,20 +316,13 @@ def _apart(value: Tensor, storages: set[int]) -> Tensor:
     return tensor
 
 
-def _refuse_tie(model: nn.Module, key: str, known: str) -> None:
+def _refuse_ties(model: nn.Module) -> None:
     """One parameter in two modules of which one compresses it is two different weights."""
-    owners = [model.get_submodule(name.rpartition('.')[0]) for name in (key, known)]
-    if owners[0] is not owners[1] and any(map(_compresses, owners)):
+    for tie in compressed_ties(model):
         raise PackedFileError(
-            f"'{key}' and '{known}' are one parameter of two layers that compute with different"
-            ' weights; leave both alone (dict(match=..., compress=False)), or untie them'
+            f"'{tie.keys[0]}' and '{tie.keys[1]}' are one parameter of two layers that compute with"
+            ' different weights; leave both alone (dict(match=..., compress=False)), or untie them'
         )
-
-
-def _compresses(module: nn.Module) -> bool:
-    if isinstance(module, Composite):
-        return any(isinstance(child, Projection) for child in module.children())
-    return isinstance(module, CompressedLayer)
 
 
 def _constant(tensor: Tensor) -> list[Any] | None:
