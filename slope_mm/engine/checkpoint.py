@@ -124,7 +124,8 @@ def _read(file: IO[bytes], name: str, map_location: Any) -> Any:
         else:
             start = f'begins with {head[:12]!r}' if head else 'is empty'
             raise CheckpointError(
-                f'{name} {start} and is no file of torch.save; give the path of a .pth checkpoint'
+                f'{name} {start} and is neither a file of torch.save nor a packed file; give the'
+                ' path of a .pth checkpoint or of a .slope file'
             )
         checkpoint = torch.load(file, map_location=map_location, mmap=False, **options)
         _drop_program(checkpoint)

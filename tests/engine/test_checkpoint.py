@@ -265,7 +265,9 @@ def test_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize('content', [b'', b'<!DOCTYPE html>', pickle.dumps({'a': 1})])
 def test_file_that_torch_did_not_write(tmp_path: Path, content: bytes) -> None:
     (tmp_path / 'a.pth').write_bytes(content)
-    with pytest.raises(CheckpointError, match=r'a\.pth .*is no file of torch\.save'):
+    with pytest.raises(
+        CheckpointError, match=r'a\.pth .*is neither a file of torch\.save nor a packed'
+    ):
         load_checkpoint_file(tmp_path / 'a.pth')
 
 

@@ -221,7 +221,10 @@ def test_a_dense_checkpoint_has_no_activation_steps_to_evaluate(
 
 @pytest.mark.parametrize(
     ('text', 'parts'),
-    [(None, ["no checkpoint '", 'give the path']), ('text', ['no file of torch.save'])],
+    [
+        (None, ["no checkpoint '", 'give the path']),
+        ('text', ['neither a file of torch.save nor a packed']),
+    ],
     ids=['missing', 'text'],
 )
 def test_what_is_no_checkpoint(
