@@ -38,35 +38,9 @@ _long = dict(
     metrics=dict(box_mAP='coco/bbox_mAP', mask_mAP='coco/segm_mAP'),
     seeds=[0, 1, 2],
 )
-# The start of shapes is far from converged: fp32 itself gains in the three epochs. How much does
-# compression cost from a start of twice as many epochs, and does the regularizer still hold back?
-_trained = dict(
-    title='shapes, start of 24 epochs',
-    config='configs/mask_rcnn_r18_shapes_fp32.py',
-    start=dict(
-        config='configs/mask_rcnn_r18_shapes_scratch.py',
-        options={
-            'train_cfg.max_epochs': 24,
-            'param_scheduler': [
-                dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-                dict(
-                    type='CosineAnnealingLR',
-                    by_epoch=True,
-                    T_max=24,
-                    eta_min=1e-5,
-                    convert_to_iter_based=True,
-                ),
-            ],
-        },
-    ),
-    options={{_base_.tasks.shapes.options}},
-    shapes={{_base_.tasks.shapes.shapes}},
-    metrics={{_base_.tasks.shapes.metrics}},
-    seeds=[0, 1, 2],
-)
 tasks = dict(
     shapes=dict(seeds=[0, 1, 2, 3, 4]),
-    shapes_trained=_trained,
+    shapes_trained={{_base_._trained}},
     nuclei=dict(seeds=[0, 1, 2]),
     nuclei_long=_long,
     shapes_brief=_brief,
