@@ -192,14 +192,19 @@ def clone(tmp_path: Path) -> Path:
     files = ('Makefile', 'requirements.txt', 'requirements-onedl.txt', 'setup.cfg')
     for name in (*files, 'tools/setup_env.py'):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / 'tools/setup_steps', folder / 'tools/setup_steps')
     return folder
 
 
-def load_setup(clone: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location('setup_env', clone / 'tools' / 'setup_env.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_setup(clone: Path, room: str = 'setup_env') -> ModuleType:
+    """The set-up of one clone, or a room of it; those of other clones are forgotten."""
+    for name in [n for n in sys.modules if n.split('.')[0] in ('setup_env', 'setup_steps')]:
+        del sys.modules[name]
+    sys.path.insert(0, str(clone / 'tools'))
+    try:
+        return importlib.import_module(room)
+    finally:
+        sys.path.remove(str(clone / 'tools'))
 
 
 def make(
@@ -268,7 +273,7 @@ def test_complete_environment_needs_nothing_until_what_it_was_made_from_changes(
 
     other_torch = make(clone, 'environment', 'TORCH=torch==2.13.0', programs={})
     assert 'needs a C++ compiler' in other_torch.stdout
-    for name in ('requirements.txt', 'setup.cfg'):
+    for name in ('requirements.txt', 'setup.cfg', 'tools/setup_steps/stack.py'):
         before = (clone / name).read_text()
         (clone / name).write_text(before + '\n# changed\n')
         assert 'needs a C++ compiler' in make(clone, 'environment', programs={}).stdout, name
@@ -280,7 +285,7 @@ def test_complete_environment_needs_nothing_until_what_it_was_made_from_changes(
 
 
 def test_progress_is_read_from_the_last_line_of_ninja(clone: Path) -> None:
-    setup = load_setup(clone)
+    setup = load_setup(clone, 'setup_steps.processes')
     log = clone / 'build.log'
     log.write_text('  running build_ext\n')
     assert setup.progress(log) == ''
@@ -289,7 +294,7 @@ def test_progress_is_read_from_the_last_line_of_ninja(clone: Path) -> None:
 
 
 def test_failed_build_shows_the_complaint_of_the_compiler(clone: Path) -> None:
-    setup = load_setup(clone)
+    setup = load_setup(clone, 'setup_steps.processes')
     log = clone / 'build.log'
     earlier = 'an earlier step: error: long mended\n'
     noise = ''.join(f'traceback {i}\n' for i in range(60))

@@ -6,7 +6,8 @@ against exactly that torch, then everything else, and at the end the proof
 was interrupted goes on where it stopped. What .venv was made for is kept in .venv/slope-setup.json;
 its `made_from` entry is written when everything has passed.
 
-The variable SLOPE_STACK names another environment of `STACKS` to make in place of .venv.
+The variable SLOPE_STACK names another environment of `STACKS` (setup_steps/stack.py) to make in
+place of .venv.
 """
 
 import argparse
@@ -16,69 +17,32 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Stack:
-    """An environment that this file can make.
-
-    Attributes:
-        folder: Its virtual environment, in the project's folder.
-        requirements: The file that lists what is in it.
-        mmcv: The distribution that is mmcv there.
-        torch: The torch that it gets where none is asked for.
-    """
-
-    folder: str
-    requirements: str
-    mmcv: str
-    torch: str
-
-
-#: Named exactly, as the newest torch may be a CUDA build of several GB where this one has a small
-#: CPU build. Where it is not to be had, any torch of the second form does.
-DEFAULT_TORCH = 'torch==2.13.0'
-FALLBACK_TORCH = 'torch>=2.1'
-STACKS = {
-    'openmmlab': Stack('.venv', 'requirements.txt', 'mmcv', DEFAULT_TORCH),
-    # The maintained forks.
-    'onedl': Stack('.venv-onedl', 'requirements-onedl.txt', 'onedl-mmcv', DEFAULT_TORCH),
-    # The oldest torch that setup.cfg promises.
-    'oldest': Stack('.venv-oldest', 'requirements.txt', 'mmcv', 'torch==2.1.*'),
-}
-STACK_NAME = os.environ.get('SLOPE_STACK') or 'openmmlab'
-if STACK_NAME not in STACKS:
-    sys.exit(f'SLOPE_STACK={STACK_NAME} is none of {", ".join(STACKS)}')
-STACK = STACKS[STACK_NAME]
-
-ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / STACK.folder
-PYTHON = VENV / 'bin' / 'python'
-STATE = VENV / 'slope-setup.json'
-CONSTRAINTS = VENV / 'constraints.txt'
-SETUP_LOG = VENV / 'setup.log'
-MMCV_LOG = VENV / 'mmcv-build.log'
-REQUIREMENTS = ROOT / STACK.requirements
-PROOF = ROOT / 'slope_mm' / 'environment' / 'operators.py'
+from setup_steps.mmcv_operators import compiler, install_mmcv, mend_opencv
+from setup_steps.processes import installed_version, pip_install, runs, say
+from setup_steps.stack import (
+    CONSTRAINTS,
+    DEFAULT_TORCH,
+    FALLBACK_TORCH,
+    PYTHON,
+    REQUIREMENTS,
+    ROOT,
+    SETUP_LOG,
+    STACK,
+    STATE,
+    VENV,
+    SetupError,
+    requirements,
+)
 
 #: pip from 22 on can install an editable project whose metadata is in setup.cfg alone.
 BUILD_TOOLS = ('pip>=22', 'setuptools<82', 'wheel', 'ninja')
-#: -O2 without debug symbols halves the compile time of mmcv; its operators stay as fast.
-COMPILER_FLAGS = '-O2 -g0'
-SECONDS_BETWEEN_SIGNS_OF_LIFE = 20
-
-
-class SetupError(Exception):
-    """The set-up cannot go on; the message says why and what to do."""
 
 
 def main() -> int:
@@ -153,7 +117,7 @@ def set_up(torch_request: str, jobs: str) -> None:
     write_state(state)
 
 
-# --- before anything is done -----------------------------------------------------------------
+# --- before anything is done ------------------------------------------------------------------
 
 
 def check_machine() -> None:
@@ -184,13 +148,6 @@ def check_machine() -> None:
         )
 
 
-def compiler() -> str | None:
-    """The C++ compiler to use: the one that CXX names, or the first of the usual ones."""
-    named = os.environ.get('CXX', '').split()
-    candidates = named[:1] or ['c++', 'g++', 'clang++']
-    return next((name for name in candidates if shutil.which(name)), None)
-
-
 def usable_cores() -> int:
     """Count the cores that this process may run on."""
     if hasattr(os, 'sched_getaffinity'):
@@ -213,7 +170,7 @@ def sole_setup() -> Iterator[None]:
         os.close(folder)
 
 
-# --- what .venv was made for -----------------------------------------------------------------
+# --- what .venv was made for ------------------------------------------------------------------
 
 
 def is_complete(torch_request: str) -> bool:
@@ -226,7 +183,8 @@ def is_complete(torch_request: str) -> bool:
 def fingerprint(torch_request: str) -> str:
     """A digest of everything that decides what belongs into .venv."""
     digest = hashlib.sha256(torch_request.encode())
-    for path in (REQUIREMENTS, ROOT / 'setup.cfg', Path(__file__)):
+    rooms = sorted(Path(__file__).with_name('setup_steps').glob('*.py'))
+    for path in (REQUIREMENTS, ROOT / 'setup.cfg', Path(__file__), *rooms):
         digest.update(b'\0' + path.read_bytes())
     return digest.hexdigest()
 
@@ -246,7 +204,7 @@ def write_state(state: Mapping[str, str]) -> None:
     draft.replace(STATE)
 
 
-# --- the steps -------------------------------------------------------------------------------
+# --- the first steps --------------------------------------------------------------------------
 
 
 def make_venv() -> None:
@@ -297,264 +255,6 @@ def write_constraints(torch: str) -> None:
     if tuple(int(number) for number in re.findall(r'\d+', torch)[:2]) < (2, 3):
         lines.append('numpy<2')  # torch before 2.3 was built for numpy 1
     CONSTRAINTS.write_text('\n'.join(lines) + '\n')
-
-
-def install_mmcv(jobs: str, built_for: str | None) -> None:
-    """Install mmcv with operators that belong to the installed torch.
-
-    Args:
-        jobs: How many compilers may run at once.
-        built_for: The torch that the mmcv in .venv was built for, where an earlier set-up noted it.
-
-    Raises:
-        SetupError: The build failed, or its operators do not work with the installed torch.
-    """
-    requirement = next(line for line in requirements() if line.startswith(f'{STACK.mmcv}=='))
-    torch = installed_version('torch')
-    if installed_version(STACK.mmcv) == requirement.partition('==')[2]:
-        mend_opencv()
-        if built_for in (None, torch) and operators_work():
-            say(f'{requirement} with operators for torch {torch} is installed')
-            return
-        say(f'the installed mmcv has no operators for torch {torch}; building it anew')
-        build_mmcv(requirement, jobs, anew=True)
-    else:
-        build_mmcv(requirement, jobs, anew=False)
-        mend_opencv()
-        if operators_work():
-            return
-        # pip's cache had a wheel, and does not know for which torch it was built.
-        say(f"the mmcv from pip's cache has no operators for torch {torch}; building it anew")
-        build_mmcv(requirement, jobs, anew=True)
-    if not operators_work():
-        raise SetupError(
-            f'mmcv was built, but its operators do not work with torch {torch};'
-            f' {PYTHON} {PROOF} shows why, {MMCV_LOG} how it was built'
-        )
-
-
-def build_mmcv(requirement: str, jobs: str, *, anew: bool) -> None:
-    """Build mmcv's operators against the installed torch.
-
-    Args:
-        requirement: Which mmcv.
-        jobs: How many compilers may run at once.
-        anew: Whether to leave pip's cache aside and replace an installed mmcv.
-    """
-    environment = {
-        'MMCV_WITH_OPS': '1',
-        'MAX_JOBS': jobs,
-        'CXX': os.environ.get('CXX') or compiler() or 'c++',
-        **{
-            name: f'{os.environ.get(name, "")} {COMPILER_FLAGS}'.strip()
-            for name in ('CFLAGS', 'CXXFLAGS')
-        },
-        **compile_target(),
-    }
-    options = ['-v', '--no-build-isolation']
-    if anew:
-        options += ['--no-cache-dir', '--force-reinstall', '--no-deps']
-    MMCV_LOG.unlink(missing_ok=True)
-    say(
-        f'{requirement}: compiling its operators for torch {installed_version("torch")} with {jobs}'
-        ' jobs. This takes about ten minutes on two cores'
-        + ('.' if anew else " (seconds where pip's cache has them).")
-    )
-    needs_mending = STACK.mmcv == 'mmcv' and venv_python_version() >= (3, 13)
-    source = str(corrected_source(requirement)) if needs_mending else requirement
-    started = time.monotonic()
-    try:
-        pip_install('mmcv', [*options, source], log=MMCV_LOG, environment=environment)
-    except SetupError as error:
-        advice = 'where compilers were killed for want of memory, run make MAX_JOBS=1 setup'
-        raise SetupError(f'{error}; {advice}') from None
-    say(f'mmcv: installed after {minutes_since(started)}')
-
-
-def compile_target() -> dict[str, str]:
-    """Environment variables that make mmcv build for the GPU where it can, else for the CPU.
-
-    mmcv builds for the GPU whenever torch sees one, and fails where it then finds no nvcc of
-    torch's own CUDA generation.
-    """
-    question = 'import torch; print(torch.version.cuda if torch.cuda.is_available() else "")'
-    cuda = subprocess.run([PYTHON, '-c', question], capture_output=True, text=True).stdout.strip()
-    if not cuda or cuda == 'None':  # no GPU, or one of another maker: mmcv's own judgement stands
-        return {}
-    home = os.environ.get('CUDA_HOME')
-    nvcc = shutil.which('nvcc', path=f'{home}/bin' if home else None) or '/usr/local/cuda/bin/nvcc'
-    with contextlib.suppress(OSError):
-        answer = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
-        release = re.search(r'release (\d+)\.', answer)
-        if release and release.group(1) == cuda.split('.')[0]:
-            return {}
-    say(f'no nvcc of CUDA {cuda} was found: mmcv gets its CPU operators alone')
-    return {'CUDA_VISIBLE_DEVICES': '-1', 'FORCE_CUDA': '0'}
-
-
-def corrected_source(requirement: str) -> Path:
-    """Unpack mmcv's source with a setup.py that Python 3.13 can run.
-
-    mmcv 2.1.0 reads its version with a bare `exec` and finds it in `locals()`, which Python 3.13
-    (PEP 667) no longer allows. pip runs setup.py even to download, so it is made to leave behind
-    what it unpacked when that fails.
-    """
-    folder = VENV / 'mmcv-source'
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    command = [PYTHON, '-m', 'pip', 'download', '--no-clean', '--no-deps', '--no-build-isolation']
-    command += ['--no-binary', 'mmcv', '--dest', str(folder), requirement]
-    run('mmcv source', command, SETUP_LOG, {'TMPDIR': str(folder)})
-    script = next(folder.glob('pip-*/mmcv_*/setup.py'), None)
-    if script is None:
-        raise SetupError(f'cannot fetch the source of {requirement}; see {SETUP_LOG}')
-    text = script.read_text()
-    text = text.replace("version_file, 'exec'))", "version_file, 'exec'), globals())")
-    script.write_text(text.replace("locals()['__version__']", "globals()['__version__']"))
-    return script.parent
-
-
-def operators_work() -> bool:
-    """Whether mmcv's operators load and give the known answers, in a process of their own."""
-    return runs([PYTHON, PROOF])
-
-
-def mend_opencv() -> None:
-    """Replace OpenCV's files by those of its headless build where its windows cannot be loaded.
-
-    The headless build is laid over the usual one: the names that mmcv requires stay installed, so
-    that no later step brings the usual build back.
-    """
-    if runs([PYTHON, '-c', 'import cv2']):
-        return
-    say('OpenCV cannot load its windows on this machine; taking the build without them')
-    version = installed_version('opencv-python')
-    headless = 'opencv-python-headless' + (f'=={version}' if version else '')
-    pip_install(headless, ['--no-deps', '--force-reinstall', headless])
-
-
-# --- pip, processes, files -------------------------------------------------------------------
-
-
-def pip_install(
-    title: str,
-    arguments: Sequence[str],
-    *,
-    constrained: bool = True,
-    log: Path = SETUP_LOG,
-    environment: Mapping[str, str] | None = None,
-) -> None:
-    """Install with .venv's pip.
-
-    Args:
-        title: What is installed, in words.
-        arguments: What follows `pip install`.
-        constrained: Whether `CONSTRAINTS` holds.
-        log: Where pip's output goes.
-        environment: Variables to set besides those that are set already.
-
-    Raises:
-        SetupError: pip failed; the message has its last lines.
-    """
-    say(f'{title}: installing')
-    command = [PYTHON, '-m', 'pip', 'install', '--no-input', '--disable-pip-version-check']
-    if constrained:
-        command += ['-c', str(CONSTRAINTS)]
-    begin = log.stat().st_size if log.exists() else 0
-    if run(title, [*command, *arguments], log, environment or {}) != 0:
-        raise SetupError(
-            f'{failure(log, begin)}\n{title} could not be installed; the whole output is in {log}'
-        )
-
-
-def run(title: str, command: Sequence[object], log: Path, environment: Mapping[str, str]) -> int:
-    """Run a command with its output in a log, and say now and then that it is alive.
-
-    The command gets a process group of its own, which ends with this process.
-
-    Returns:
-        The exit status.
-    """
-    started = time.monotonic()
-    with log.open('ab') as output:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while True:
-                try:
-                    return process.wait(SECONDS_BETWEEN_SIGNS_OF_LIFE)
-                except subprocess.TimeoutExpired:
-                    say(f'  {title}: {minutes_since(started)}{progress(log)}')
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-
-
-def minutes_since(started: float) -> str:
-    """The time since a moment of the monotonic clock, as in `6:17 min`."""
-    minutes, seconds = divmod(int(time.monotonic() - started), 60)
-    return f'{minutes}:{seconds:02d} min'
-
-
-def progress(log: Path) -> str:
-    """How far ninja has come, from the last `[7/77] c++ …` of a log; empty where there is none."""
-    with log.open('rb') as lines:
-        lines.seek(max(0, log.stat().st_size - 200_000))
-        counts = re.findall(rb'^\s*\[(\d+)/(\d+)\] ', lines.read(), re.MULTILINE)
-    return ', {} of {} files compiled'.format(*map(int, counts[-1])) if counts else ''
-
-
-def failure(log: Path, begin: int) -> str:
-    """What went wrong: the compiler's complaints, and the last lines before pip's own account.
-
-    Args:
-        log: The output of pip.
-        begin: Where in the log the failed command begins, in bytes.
-    """
-    lines = log.read_bytes()[begin:].decode(errors='replace').splitlines()
-    end = next((i for i, line in enumerate(lines) if 'subprocess-exited-with-error' in line), None)
-    lines = lines[:end]
-    complaints = [line for line in lines if re.search(r'FAILED: |[Kk]illed|error: |No space', line)]
-    shown = [*complaints[:10], '...', *lines[-15:]] if complaints else lines[-15:]
-    return '\n'.join(f'  | {line[:300]}' for line in shown)
-
-
-def runs(command: Sequence[object]) -> bool:
-    """Whether a command ends with status 0; its output is dropped."""
-    words = [str(word) for word in command]
-    return subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
-
-
-def requirements() -> list[str]:
-    """The requirements of requirements.txt without its comments."""
-    lines = (line.partition('#')[0].strip() for line in REQUIREMENTS.read_text().splitlines())
-    return [line for line in lines if line]
-
-
-def installed_version(distribution: str) -> str:
-    """The version of what is installed in .venv; empty where it is not."""
-    question = f'from importlib.metadata import version; print(version({distribution!r}))'
-    return subprocess.run([PYTHON, '-c', question], capture_output=True, text=True).stdout.strip()
-
-
-def venv_python_version() -> tuple[int, ...]:
-    """Major and minor version of .venv's Python."""
-    question = 'import sys; print(*sys.version_info[:2])'
-    answer = subprocess.run([PYTHON, '-c', question], capture_output=True, text=True).stdout
-    return tuple(int(number) for number in answer.split())
-
-
-def say(message: str) -> None:
-    """Tell the user, at once."""
-    print(message, flush=True)
 
 
 if __name__ == '__main__':

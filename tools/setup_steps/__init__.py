@@ -1,0 +1,1 @@
+"""The rooms of tools/setup_env.py. They know the standard library alone."""
