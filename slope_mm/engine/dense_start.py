@@ -52,7 +52,7 @@ def refuse_compressed(checkpoint: str) -> None:
         return
     loaded = load_checkpoint_file(checkpoint)
     state = loaded.get('state_dict', loaded) if isinstance(loaded, Mapping) else {}
-    if any(str(key).rpartition('.')[2].startswith('slope_') for key in state):
+    if any(str(key).rpartition('.')[2] == 'slope_layer' for key in state):
         raise CheckpointError(
             f"'{checkpoint}' is of a compressed model already; give the dense checkpoint that it"
             ' was started from'

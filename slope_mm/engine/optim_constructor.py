@@ -10,6 +10,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import nn
 
+from slope_mm.convert import compressed_layers
 from slope_mm.engine.mixed_precision import MixedPrecisionOptimWrapper
 from slope_mm.engine.optim_wrapper import (
     MISSING,
@@ -114,9 +115,9 @@ class SlopeOptimWrapperConstructor:
 
     def _group_steps(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         named = {
-            p: name
-            for name, p in model.named_parameters()
-            if name.rsplit('.', 1)[-1].startswith('slope_')
+            step: f'{name}.{key}' if name else key
+            for name, layer in compressed_layers(model).items()
+            for key, step in layer.steps.items()
         }
         if not named:
             return

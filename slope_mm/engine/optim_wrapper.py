@@ -194,11 +194,8 @@ class RegularizedOptimWrapper(OptimWrapper):
         Steps are left out, and no gradient is kept.
         """
         assert self._model is not None
-        weights = [
-            p
-            for name, p in self._model.named_parameters()
-            if p.requires_grad and not name.rsplit('.', 1)[-1].startswith('slope_')
-        ]
+        steps = set(self._steps())
+        weights = [p for p in self._model.parameters() if p.requires_grad and p not in steps]
         pulls = torch.autograd.grad(regularization, weights, retain_graph=True, allow_unused=True)
         pulled = [w for w, pull in zip(weights, pulls, strict=True) if pull is not None]
         tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
@@ -279,12 +276,7 @@ class RegularizedOptimWrapper(OptimWrapper):
         return factor * scaler.get_scale() if decays and scaler is not None else factor
 
     def _steps(self) -> list[Tensor]:
-        found = [
-            getattr(layer, name, None)
-            for layer in self._layers
-            for name in ('slope_step', 'slope_act_step')
-        ]
-        return [step for step in found if step is not None]
+        return [step for layer in self._layers for step in layer.steps.values()]
 
 
 @functools.cache

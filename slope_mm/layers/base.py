@@ -35,6 +35,8 @@ from slope_mm.ops.compress_many import Many, many_fit
 from slope_mm.ops.sparsity import Pattern
 from slope_mm.ops.weight_pass import Groups
 
+#: The parameters that compression adds.
+_STEPS = ('slope_step', 'slope_act_step')
 _OWN_ATTRIBUTES = (
     'slope_spec',
     '_codes',
@@ -105,7 +107,7 @@ class CompressedLayer(SavedState):
         # A frozen weight's step is frozen too, or DDP would wait for its gradient.
         trains = self.weight.requires_grad
         state = self.first_state(self.weight.device)
-        for key in ('slope_step', 'slope_act_step'):
+        for key in _STEPS:
             step = state.get(key)
             own = None if step is None else nn.Parameter(step, requires_grad=trains)
             self.register_parameter(key, own)
@@ -141,6 +143,12 @@ class CompressedLayer(SavedState):
                 del store[key]
         for key in _OWN_ATTRIBUTES:
             self.__dict__.pop(key, None)
+
+    @property
+    def steps(self) -> dict[str, nn.Parameter]:
+        """The learned steps by their names in this layer: of weights, of inputs, or both."""
+        found = {key: self._parameters[key] for key in _STEPS}
+        return {key: step for key, step in found.items() if step is not None}
 
     # --- weight ------------------------------------------------------------------------------
 

@@ -60,6 +60,32 @@ def test_steps_have_a_group_of_their_own(detector: nn.Module) -> None:
     assert (steps['lr'], steps['weight_decay']) == (0.25e-3, 0.0)
 
 
+class OwnName(nn.Module):
+    """Has a parameter that is named as if it were a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.slope_gain = nn.Parameter(torch.ones(8))
+
+
+def test_a_models_own_parameter_is_no_step_whatever_its_name() -> None:
+    model = OwnName()
+    slope_mm.convert(model, tiny.TOY_RECIPE)
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            constructor=CONSTRUCTOR,
+            optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+            regularizer=dict(type='cosine'),
+            step_lr_mult=0.25,
+        ),
+    )
+    assert group_of(wrapper, model.slope_gain) is group_of(wrapper, model.conv.weight)
+    assert group_of(wrapper, model.slope_gain)['weight_decay'] == 0.05
+    assert group_of(wrapper, model.conv.slope_step)['weight_decay'] == 0.0
+
+
 def test_paramwise_settings_of_the_weights_survive(detector: nn.Module) -> None:
     wrapper = build_optim_wrapper(
         detector,

@@ -167,6 +167,16 @@ def test_bad_policies_are_refused(options: dict[str, Any], message: str) -> None
         SlopeBatchNormHook(**options)
 
 
+def test_re_estimation_is_refused_where_training_may_stop_before_it(tmp_path: Path) -> None:
+    early = dict(type='EarlyStoppingHook', monitor='accuracy')
+    config = tiny.toy_config(tmp_path, BATCH, custom_hooks=[hook('re-estimated'), early])
+    with pytest.raises(ConfigError, match='EarlyStoppingHook may not reach'):
+        tiny.train(config)
+    assert not list(tmp_path.rglob('*.pth'))
+    config = tiny.toy_config(tmp_path, BATCH, custom_hooks=[hook('adapting'), early])
+    assert tiny.train(config).checkpoint
+
+
 # --- gradients -----------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import all_reduce_dict, get_rank, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
@@ -58,7 +58,18 @@ class SlopeBatchNormHook(Hook):
         self._norms: list[_BatchNorm] = []
 
     def before_train(self, runner: Any) -> None:
-        """Learns the norms."""
+        """Learns the norms.
+
+        Raises:
+            ConfigError: If training may stop early, and so before statistics are re-estimated.
+        """
+        if self.policy == 're-estimated' and any(
+            isinstance(hook, EarlyStoppingHook) for hook in runner.hooks
+        ):
+            raise ConfigError(
+                "SlopeBatchNormHook policy='re-estimated' works in the last epoch, which a training"
+                " with EarlyStoppingHook may not reach; leave one of them out, or take 'adapting'"
+            )
         self._norms = norms_of(runner.model)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
