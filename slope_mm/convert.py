@@ -72,7 +72,7 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
     for weight in found:
         last = None
         for rule in recipe.all_rules if weight.kind is not None and not weight.obstacle else ():
-            if rule.matches(weight.names, weight.types, _input_channels(weight.owner)):
+            if rule.matches(weight.names, weight.types, _input_channels(weight)):
                 idle = [user for user in idle if user is not rule]
                 last = rule
         plans.append(_plan_layer(weight, recipe, last))
@@ -81,10 +81,13 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
     return plans
 
 
-def _input_channels(module: nn.Module) -> int:
-    for attribute in ('in_features', 'in_channels', 'embed_dim'):
-        if getattr(module, attribute, None):
-            return int(getattr(module, attribute))
+def _input_channels(weight: FoundWeight) -> int:
+    if weight.kind is not None and issubclass(weight.kind, Projection):
+        # Attention's keys and values may have other channels than its queries.
+        return weight.weight.shape[weight.kind.input_axis]
+    for attribute in ('in_features', 'in_channels'):
+        if getattr(weight.owner, attribute, None):
+            return int(getattr(weight.owner, attribute))
     return 0
 
 

@@ -183,8 +183,8 @@ class Recipe:
         The teacher of mmdet's semi-supervised detectors has the student's layers under names of its
         own. It is left alone but for rules that name it, which come last.
         """
-        general = [rule for rule in self.rules if 'teacher' not in rule.match]
-        named = [rule for rule in self.rules if 'teacher' in rule.match]
+        named = [rule for rule in self.rules if _names_teacher(rule.match)]
+        general = [rule for rule in self.rules if rule not in named]
         teacher = Rule('teacher', compress=False, reason='teacher')
         return (*default_rules(self), *general, teacher, *named)
 
@@ -250,6 +250,11 @@ def default_rules(recipe: Recipe) -> tuple[Rule, ...]:
 
 def _name(pattern: Pattern | None) -> str | None:
     return None if pattern is None else pattern.name
+
+
+def _names_teacher(match: str) -> bool:
+    """Whether a rule speaks of a teacher; a lookahead that excludes one does not."""
+    return 'teacher' in re.sub(r'\(\?<?![^()]*\)', '', match)
 
 
 def _known(given: Mapping[str, Any], keys: Sequence[str], where: str) -> dict[str, Any]:

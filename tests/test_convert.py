@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from convertible_net import W4, W4A4, Net
@@ -110,6 +112,16 @@ def test_a_weight_that_a_hook_computes_is_left_alone() -> None:
     plans = {p.name: (p.spec is None, p.reason) for p in slope_mm.plan(model, W4)}
     assert plans == {'0.conv': (True, 'its weight is computed by a hook'), '1': (False, '')}
     slope_mm.convert(model, W4)(torch.randn(1, 8, 5, 5)).sum().backward()
+
+
+@pytest.mark.parametrize('layer', [nn.LazyConv2d, nn.LazyLinear])
+def test_a_layer_without_a_shape_is_named(layer: Callable[..., nn.Module]) -> None:
+    lazy = layer(8, 3) if layer is nn.LazyConv2d else layer(8)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), lazy)
+    for refused in (slope_mm.plan, slope_mm.convert, slope_mm.report):
+        with pytest.raises(SlopeError, match=f"{layer.__name__} '1' has no shape yet"):
+            refused(model, W4)
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_what_is_compressed_already_is_refused() -> None:

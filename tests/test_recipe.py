@@ -141,6 +141,40 @@ def test_what_a_rule_matches(match: str, expected: set[str]) -> None:
     assert {name for name, found in specs(recipe).items() if found is None} == expected
 
 
+def test_attentions_projections_have_channels_of_their_own() -> None:
+    model = nn.ModuleDict(dict(a=nn.MultiheadAttention(16, 2, kdim=8, vdim=12)))
+    for channels, matched in {
+        16: {'a.q_proj', 'a.out_proj'},
+        8: {'a.k_proj'},
+        12: {'a.v_proj'},
+    }.items():
+        recipe = dict(
+            weight=dict(bits=4), rules=[dict(match=f'in:{channels}', weight=dict(bits=5))]
+        )
+        found = {name for name, made in specs(recipe, model).items() if made.bits == 5}
+        assert found == matched
+
+
+def test_a_rule_that_excludes_a_teacher_is_no_rule_for_one() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    rules = [
+        dict(match='re:(?!teacher).*', weight=dict(bits=8)),
+        dict(match='student', weight=dict(bits=3)),
+    ]
+    found = specs(dict(weight=dict(bits=4), rules=rules), Both())
+    # The last rule that matches counts, whatever words the ones before it have.
+    assert found['student'].bits == 3
+    assert found['teacher'] is None
+    named = specs(
+        dict(weight=dict(bits=4), rules=[dict(match='teacher', weight=dict(bits=5))]), Both()
+    )
+    assert named['teacher'].bits == 5
+
+
 def test_channels_are_those_of_the_layer_not_of_a_group() -> None:
     model = nn.Sequential(
         nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(3, 8, 1)

@@ -14,6 +14,10 @@ def _rules(match, **rule):
     return dict(weight=_w4, rules=[dict(match=match, **rule), prediction])
 
 
+# The stem keeps its own rule: dense, 8 bits.
+_backbone = dict(
+    weight=_w4, rules=[dict(match='re:backbone.layer.*', weight=dict(sparsity=None, bits=4))]
+)
 arms = [
     dict(name='fp32'),
     dict(name='2:4 W4', recipe=dict(weight=_w4)),
@@ -21,6 +25,9 @@ arms = [
     dict(name='mask head 2:4 W8', recipe=_rules(_head, weight=dict(sparsity='2:4', bits=8))),
     dict(name='mask head dense W8', recipe=_rules(_head, weight=dict(sparsity=None, bits=8))),
     dict(name='neck dense W4', recipe=_rules('neck', weight=dict(sparsity=None, bits=4))),
+    dict(name='backbone dense W4', recipe=_backbone),
+    dict(name='all dense W4', recipe=dict(weight=dict(sparsity=None, bits=4))),
+    dict(name='all 2:4', recipe=dict(weight=dict(sparsity='2:4', bits=None))),
     dict(
         name='mask head alone',
         recipe=dict(weight=_w4, rules=[dict(match=f're:(?!{_head}).*', compress=False)]),
@@ -29,7 +36,15 @@ arms = [
 tables = [
     dict(
         title='One part spared',
-        arms=['fp32', '2:4 W4', 'mask head dense *', 'mask head 2:4 W8', 'neck *'],
+        arms=[
+            'fp32',
+            '2:4 W4',
+            'mask head dense *',
+            'mask head 2:4 W8',
+            'neck *',
+            'backbone *',
+            'all *',
+        ],
         against='2:4 W4',
         reference='fp32',
     ),
@@ -45,6 +60,9 @@ figures = [
             'everything 2:4 W4': ['2:4 W4'],
             'mask head spared': ['mask head dense *', 'mask head 2:4 W8'],
             'neck spared': ['neck *'],
+            'backbone spared': ['backbone *'],
+            'everything dense W4': ['all dense W4'],
+            'everything 2:4, fp32': ['all 2:4'],
         },
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from slope_mm.allocation.program import Resource, allocate
 from slope_mm.allocation.rules import allocation_rules, with_rules
 from slope_mm.analysis.bops import spec_bops
 from slope_mm.convert import convert, plan
+from slope_mm.errors import ConfigError
 from slope_mm.packing.writer import pack
 from slope_mm.recipe import Recipe
 
@@ -123,9 +125,11 @@ class Budget:
         if size is None:
             return self._allocation(self._solved(resources))
         costs = self._costs(lambda candidate: candidate.bits / 8)
-        best = self._allocation(self._cheapest())
+        cheapest = self._allocation(self._cheapest())
+        uniform = self.best_uniform(size, bops)
+        tried = [cheapest] if uniform is None else [uniform[1], cheapest]
         # Header and everything that is not chosen: the file's length without the chosen weights.
-        fixed, smallest = best.file_bytes - sum(map(min, costs)), sum(map(min, costs))
+        fixed, smallest = cheapest.file_bytes - sum(map(min, costs)), sum(map(min, costs))
         limit = size - fixed
         fits: float | None = None
         too_long: float | None = None
@@ -135,8 +139,8 @@ class Budget:
             )
             # Headers differ by what they have to tell of the layers: a limit that is right for one
             # allocation may be a few bytes off for the next.
+            tried.append(found)
             if found.file_bytes <= size:
-                best = found if found.error <= best.error else best
                 fits = limit
             else:
                 too_long = limit
@@ -144,8 +148,18 @@ class Budget:
             if fits is not None and too_long is not None:
                 limit = (fits + too_long) / 2
             limit = max(limit, smallest)
-        uniform = self.best_uniform(size, bops)
-        return best if uniform is None or best.error <= uniform[1].error else uniform[1]
+        operations = math.inf if bops is None else bops
+        keeping = [a for a in tried if a.file_bytes <= size and a.bops <= operations]
+        if not keeping:
+            last = min(tried, key=lambda a: max(a.file_bytes / size, a.bops / operations))
+            raise ConfigError(
+                f'no allocation was found that keeps a budget of {size:,.0f} bytes'
+                + ('' if bops is None else f' and {bops:,.0f} bit operations')
+                + f'; the nearest takes {last.file_bytes:,} bytes and {last.bops:,.0f} bit'
+                ' operations: raise the budget'
+            )
+        # Of equals the one that was solved for last.
+        return min(reversed(keeping), key=lambda a: a.error)
 
     def best_uniform(
         self, size: float | None = None, bops: float | None = None

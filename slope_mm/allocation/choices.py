@@ -90,7 +90,8 @@ def candidates(
         By layer name, by choice.
 
     Raises:
-        RecipeError: If a pattern fits no layer, or no layer is free.
+        RecipeError: If a pattern fits no layer, no layer is free, or one is compressed under some
+            choices alone.
     """
     weights = {weight.name: weight for weight in find_weights(model)}
     found: dict[str, dict[tuple[str | None, int], Candidate]] = {}
@@ -112,6 +113,12 @@ def candidates(
                 layer.spec,
                 stored.total,
                 spec_bops(layer.spec, (macs or {}).get(layer.name, 0)),
+            )
+    for name, options in found.items():
+        if len(options) < len(choices):
+            raise RecipeError(
+                f"a rule leaves '{name}' at full precision where the pattern is dense, so that it"
+                ' can be compressed under some choices alone; give that rule a pattern too, or bits'
             )
     free = {
         name: options

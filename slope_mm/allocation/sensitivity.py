@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from slope_mm.allocation.choices import with_weight
-from slope_mm.analysis.output_error import output_errors
+from slope_mm.analysis.output_error import OutputError, output_errors
 from slope_mm.convert import compressed_layers, convert
 from slope_mm.layers import CompressedLayer
 from slope_mm.recipe import Recipe
@@ -22,10 +23,10 @@ MEASURES = ('output', 'sqnr')
 
 @torch.no_grad()
 def weight_error(layer: CompressedLayer) -> float:
-    """``|w - ŵ|^2 / |w|^2``; 0 for a weight of zeros."""
-    latent = layer.weight.double()
+    """``|w - ŵ|^2 / |w|^2``, of the standardized weight where the layer standardizes it."""
+    latent = layer.latent_weight().double()
     noise = (latent - layer.compressed_weight().double()).square().sum()
-    return float(noise / latent.square().sum().clamp_min(1e-300))
+    return OutputError(float(noise), float(latent.square().sum())).relative
 
 
 def sensitivities(
@@ -57,7 +58,8 @@ def sensitivities(
             outputs = output_errors(model, twin, lambda: forward(model), names)
         for name in names:
             by_output = outputs.get(name)
-            found[name][choice] = (
-                weight_error(layers[name]) if by_output is None else by_output.relative
-            )
+            error = weight_error(layers[name]) if by_output is None else by_output.relative
+            # A layer that gives zeros (the last of a residual branch begins so) has no signal that
+            # an error could be relative to: as much noise as signal, whatever the choice.
+            found[name][choice] = error if math.isfinite(error) else 1.0
     return found

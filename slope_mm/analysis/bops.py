@@ -24,6 +24,7 @@ from slope_mm.layers import (
     layer_kind,
     stock_type,
 )
+from slope_mm.layers.activation import first_input
 
 FLOAT_BITS = 32
 
@@ -70,8 +71,8 @@ def _counting(model: nn.Module) -> Iterator[list[tuple[str, int]]]:
     calls: list[tuple[str, int]] = []
     names = {module: name for name, module in model.named_modules()}
 
-    def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        calls.append((names[layer], layer_macs(layer, inputs[0], output)))
+    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((names[layer], layer_macs(layer, first_input(args, kwargs), output)))
 
     def count_within(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -89,7 +90,7 @@ def _counting(model: nn.Module) -> Iterator[list[tuple[str, int]]]:
     for module in model.modules():
         layer = not isinstance(module, Projection) and layer_kind(stock_type(module)) is not None
         if layer and module not in counted:
-            handles.append(module.register_forward_hook(count))
+            handles.append(module.register_forward_hook(count, with_kwargs=True))
     try:
         yield calls
     finally:

@@ -21,6 +21,7 @@ from slope_mm.layers.activation import (
     UNSIGNED,
     ActivationObserver,
     calibrated_step,
+    first_input,
     quantize_activation,
 )
 from slope_mm.ops import activation_codes, sqnr_db
@@ -62,17 +63,20 @@ def each_run(
     def begin(model: nn.Module, args: tuple[Any, ...]) -> None:
         counts.clear()
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def run(layer: Any, args: tuple[Any, ...]) -> None:
+    def watch(name: str) -> Callable[..., None]:
+        def run(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number = counts.get(name, 0)
             counts[name] = number + 1
-            act(name, layer, number, args[0])
+            act(name, layer, number, first_input(args, kwargs))
 
         return run
 
     layers = {n: x for n, x in compressed_layers(model).items() if x.inputs == 1}
     handles = [model.register_forward_pre_hook(begin)]
-    handles += [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    handles += [
+        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:

@@ -232,21 +232,21 @@ def report(
     for weight in find_weights(model):
         weights.setdefault(weight.owner, []).append(weight)
     rows = []
-    counted: set[int] = set()
+    # What is tied is one tensor; a layer that compresses it otherwise stores its own codes.
+    counted: dict[int, LayerSpec | None] = {}
     for name, module in model.named_modules():
         tensors = dict(own_tensors(module))
         if not tensors or all(id(tensor) in counted for tensor in tensors.values()):
             continue
-        counted.update(id(tensor) for tensor in tensors.values())
         for weight in weights.get(module, []):
             # A bare parameter is a row of its own; a layer's other tensors belong to its row.
             alone = weight.kind is not None and issubclass(weight.kind, Projection)
             own = {weight.parameter: tensors.pop(weight.parameter)} if alone else tensors
             planned = plans.get((module, weight.parameter))
-            rows.append(_row(weight, own, planned))
+            rows.append(_row(weight, own, planned, counted))
             tensors = tensors if alone else {}
         if tensors:
-            rows.append(_rest(name, module, tensors))
+            rows.append(_rest(name, module, tensors, counted))
     return Report(tuple(rows), title)
 
 
@@ -258,11 +258,25 @@ def _told(weight: FoundWeight, planned: LayerPlan | None) -> tuple[LayerSpec | N
     return None, weight.obstacle or 'excluded by a rule'
 
 
-def _row(weight: FoundWeight, tensors: dict[str, Tensor], planned: LayerPlan | None) -> Row:
+def _row(
+    weight: FoundWeight,
+    tensors: dict[str, Tensor],
+    planned: LayerPlan | None,
+    counted: dict[int, LayerSpec | None],
+) -> Row:
     spec, reason = _told(weight, planned)
     metrics = None if weight.layer is None else layer_metrics(weight.name, weight.layer)
     axis, inputs = (0, 1) if weight.kind is None else (weight.kind.output_axis, weight.kind.inputs)
-    stored = stored_bits(tensors, weight.parameter, spec, axis, inputs)
+    matrix = tensors[weight.parameter]
+    fresh = {key: tensor for key, tensor in tensors.items() if id(tensor) not in counted}
+    if spec is None or (id(matrix) in counted and counted[id(matrix)] == spec):
+        stored = StoredBits(other=sum(map(tensor_bits, fresh.values())))
+    else:
+        stored = stored_bits(
+            {**fresh, weight.parameter: matrix}, weight.parameter, spec, axis, inputs
+        )
+    counted.update(dict.fromkeys(map(id, fresh.values())))
+    counted[id(matrix)] = spec
     multiplied = [
         tensor
         for key, tensor in tensors.items()
@@ -274,7 +288,7 @@ def _row(weight: FoundWeight, tensors: dict[str, Tensor], planned: LayerPlan | N
     return Row(
         weight.name,
         stock_type(weight.owner).__name__,
-        tuple(tensors[weight.parameter].shape),
+        tuple(matrix.shape),
         pattern_name(spec),
         None if spec is None else spec.bits,
         None if spec is None else spec.activation_bits,
@@ -282,14 +296,20 @@ def _row(weight: FoundWeight, tensors: dict[str, Tensor], planned: LayerPlan | N
         None if metrics is None else metrics.cosine,
         None if metrics is None else metrics.sqnr_db,
         sum(tensor.numel() for tensor in multiplied),
-        sum(map(tensor_bits, tensors.values())),
+        sum(map(tensor_bits, fresh.values())),
         stored,
     )
 
 
-def _rest(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> Row:
+def _rest(
+    name: str,
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    counted: dict[int, LayerSpec | None],
+) -> Row:
     """What is no weight of a matrix product or convolution: norms, biases of attention."""
-    bits = sum(map(tensor_bits, tensors.values()))
+    bits = sum(tensor_bits(tensor) for tensor in tensors.values() if id(tensor) not in counted)
+    counted.update(dict.fromkeys(map(id, tensors.values())))
     shown = max(tensors.values(), key=lambda tensor: tensor.dim())
     reason = 'not a matrix product or convolution'
     kind = stock_type(module).__name__

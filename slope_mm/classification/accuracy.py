@@ -34,10 +34,11 @@ class TopKAccuracy(BaseMetric):
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keeps the rank of each image's label: how many classes score higher, or as high with a
-        lower index."""
+        lower index. A score that is no number is higher than any."""
         for sample in data_samples:
             scores, label = sample['scores'], int(sample['label'])
-            better = scores > scores[label]
+            # Not `>`: a label's NaN is below everything, itself included.
+            better = ~(scores <= scores[label])
             tied = scores[:label] == scores[label]
             self.results.append(int(better.sum() + tied.sum()))
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather, get_world_size
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader
 
 from slope_mm.convert import compressed_layers
@@ -28,11 +28,11 @@ def uncalibrated_layers(model: nn.Module) -> dict[str, CompressedLayer]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Scope after which BN statistics and all random states are exactly what they were."""
+    """Scope after which norms' statistics and all random states are exactly what they were."""
     buffers = [
         (buffer, buffer.clone())
         for module in model.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, _NormBase)
         for buffer in module.buffers(recurse=False)
     ]
     python_state, numpy_state = random.getstate(), np.random.get_state()

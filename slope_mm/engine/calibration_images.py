@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from slope_mm.engine.calibration import copied_samples, evenly_spread_batches, undisturbed
@@ -59,7 +59,7 @@ def fixed_statistics(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     for module in model.modules():
-        if isinstance(module, (_BatchNorm, _DropoutNd)):
+        if isinstance(module, (_NormBase, _DropoutNd)):
             module.eval()
     try:
         yield

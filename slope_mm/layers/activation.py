@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -178,6 +178,16 @@ def _refuse_tracing(x: Any) -> None:
             'a compressed layer looks at values, so torch.fx cannot trace it; where that was'
             " mmengine's efficient_conv_bn_eval, remove it from the config"
         )
+
+
+def input_name(kwargs: Mapping[str, Any]) -> str:
+    """The name of a layer's input among its arguments: torch's ``input``, mmcv's ``x``, others'."""
+    return next((name for name in ('input', 'x') if name in kwargs), next(iter(kwargs)))
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer was called on, by place or by name."""
+    return args[0] if args else kwargs[input_name(kwargs)]
 
 
 class QuantizedInput(nn.Module):

@@ -17,6 +17,7 @@ from mmcv.ops import (
 )
 from torch import Tensor, nn
 
+from slope_mm.layers.activation import first_input
 from slope_mm.layers.base import CompressedLayer
 from slope_mm.layers.fake_quantize import StockFakeQuantize
 from slope_mm.layers.kinds import register
@@ -37,13 +38,15 @@ class PackFakeQuantize(StockFakeQuantize):
     """Hooks of a convolution with its offsets that quantize its input, but not that of these."""
 
     def register(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(self)
+        super().register(module)
         module.register_forward_hook(self.after, always_call=True)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         offsets: Any = module.conv_offset
-        module.__dict__['conv_offset'] = KnownOffsets(offsets(inputs[0]))
-        return super().__call__(module, inputs)
+        module.__dict__['conv_offset'] = KnownOffsets(offsets(first_input(args, kwargs)))
+        return super().__call__(module, args, kwargs)
 
     def after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Behind the convolution's forward."""

@@ -51,10 +51,17 @@ class SlopeTridentConv(CompressedTrident, TridentConv):
 class TaskFakeQuantize(StockFakeQuantize):
     """A forward pre-hook of task decomposition; its layer attention gets what was there before."""
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        features, *rest = inputs
-        pooled = rest[0] if rest and rest[0] is not None else F.adaptive_avg_pool2d(features, 1)
-        return self.quantizer.quantize(features), pooled
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        features, pooled = self._named(*args, **kwargs)
+        if pooled is None:
+            pooled = F.adaptive_avg_pool2d(features, 1)
+        return (self.quantizer.quantize(features), pooled), {}
+
+    @staticmethod
+    def _named(feat: Tensor, avg_feat: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return feat, avg_feat
 
 
 class CompressedTaskDecomposition(Composite):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slope_mm.layers.activation import first_input, input_name
 from slope_mm.layers.base import CompressedLayer
 from slope_mm.ops import activation_codes, positive
 
@@ -46,13 +47,19 @@ class StockFakeQuantize:
 
     def register(self, module: nn.Module) -> None:
         """Registers itself."""
-        module.register_forward_pre_hook(self)
+        module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = inputs
-        if isinstance(x, list):
-            return ([self.quantizer.quantize(one) for one in x], *rest)
-        return (self.quantizer.quantize(x), *rest)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs)
+        listed = isinstance(x, list)
+        found: Any = (
+            [self.quantizer.quantize(one) for one in x] if listed else self.quantizer.quantize(x)
+        )
+        if args:
+            return (found, *args[1:]), kwargs
+        return (), {**kwargs, input_name(kwargs): found}
 
 
 class AttentionFakeQuantize:

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from slope_mm.errors import SlopeError
 from slope_mm.layers.base import CompressedLayer
 from slope_mm.layers.composite import Composite, Projection
 from slope_mm.layers.kinds import composite_kind, layer_kind, stock_type
@@ -70,9 +72,14 @@ def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def find_weights(model: nn.Module) -> list[FoundWeight]:
-    """The weights of a dense or compressed model, each once, in the model's order."""
+    """The weights of a dense or compressed model, each once, in the model's order.
+
+    Raises:
+        SlopeError: If a layer is lazy and has not run yet.
+    """
     found: list[FoundWeight] = []
     modules = module_names(model)
+    _refuse_lazy(modules)
     unheard = _never_called(modules)
     for module, names in modules.items():
         if isinstance(module, Projection):
@@ -100,6 +107,15 @@ def find_weights(model: nn.Module) -> list[FoundWeight]:
                 for key in _several_axes(module)[:1]
             ]
     return found
+
+
+def _refuse_lazy(modules: dict[nn.Module, tuple[str, ...]]) -> None:
+    for module, names in modules.items():
+        if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+            raise SlopeError(
+                f"the {type(module).__name__} '{names[0]}' has no shape yet; run the model once on"
+                ' an input, then compress it'
+            )
 
 
 def is_table(module: nn.Module, parameter: str) -> bool:

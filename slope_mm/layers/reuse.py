@@ -56,6 +56,7 @@ class WeightReuse:
 
     def __init__(self) -> None:
         self._seen: Tensor | None = None
+        self._kinds: list[tuple[torch.dtype, torch.device]] = []
         self._open: list[list[CompressedLayer]] = []
 
     @classmethod
@@ -80,10 +81,15 @@ class WeightReuse:
             self._open.append([])
             return
         layers = [m for m in model.modules() if isinstance(m, CompressedLayer) and m.changes_weight]
+        # An own scope that is open is that of a forward around this one, which can do without from
+        # here on, or of one that was interrupted (by Ctrl-C) and never closes it.
+        own = any(self._open)
+        if own:
+            self._open.clear()
         if is_compiling() or torch.jit.is_tracing() or not layers:
             layers = []
-        elif any(layer.sharing for layer in layers):
-            # A training step's scope, or a forward within a forward.
+        elif not own and any(layer.sharing for layer in layers):
+            # A training step's scope, or another caller's.
             layers = []
         elif torch.is_grad_enabled():
             self._seen = None
@@ -93,9 +99,11 @@ class WeightReuse:
         self._open.append(layers)
         if not layers:
             return
-        now = fingerprint(layers)
+        # The values as float32 say nothing of their dtype.
+        now, kinds = fingerprint(layers), [(x.weight.dtype, x.weight.device) for x in layers]
         same = self._seen is not None and torch.equal(now, self._seen.to(now.device))
-        self._seen = now
+        same = same and kinds == self._kinds
+        self._seen, self._kinds = now, kinds
         for layer in layers:
             layer.begin_sharing(keep=same)
 
@@ -106,4 +114,4 @@ class WeightReuse:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or loaded model starts without: its weights may be others.
-        return {'_seen': None, '_open': []}
+        return {'_seen': None, '_kinds': [], '_open': []}

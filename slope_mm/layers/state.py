@@ -56,6 +56,16 @@ class SavedState(SharedWeightScope, QuantizedInput):
             elif parameter.is_meta:
                 self._parameters[key] = nn.Parameter(value, parameter.requires_grad)
 
+    @torch.no_grad()
+    def _begin_again(self, state_dict: dict[str, Any], own: str) -> None:
+        """Beside another weight: own state that did not come with it is as it was at first.
+
+        It may be what memory held, in a model that was built on ``meta`` and given room.
+        """
+        for key, value in self.first_state(self.weight.device).items():
+            if own + key.removeprefix('slope_') not in state_dict:
+                getattr(self, key).copy_(value)
+
     def _await_initialisation(self) -> None:
         """Marks the steps as they stand as placeholders, to be computed from ``weight``."""
         self._step_ready = False
@@ -112,6 +122,8 @@ class SavedState(SharedWeightScope, QuantizedInput):
         self._make_real()
         own = prefix + 'slope_'
         missing_keys.extend(key for key in missing if not key.startswith(own))
+        if has_weight:
+            self._begin_again(state_dict, own)
         if prefix + 'slope_step' in state_dict:
             self._step_ready = True
         elif has_weight:
@@ -122,7 +134,6 @@ class SavedState(SharedWeightScope, QuantizedInput):
             elif has_weight:
                 # Another network's activations: its range has to be found anew.
                 self._act_states = [UNCALIBRATED] * self.inputs
-                self.slope_act_signed.fill_(UNCALIBRATED)
         self._shared = None
 
     def _check_signature(self, saved: Tensor | None, prefix: str) -> None:

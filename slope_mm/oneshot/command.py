@@ -22,6 +22,7 @@ from slope_mm.engine.calibration_images import calibration_batches, fixed_statis
 from slope_mm.engine.dense_start import load_dense
 from slope_mm.errors import ConfigError
 from slope_mm.layers import find_weights
+from slope_mm.layers.standardized import StandardizedWeight
 from slope_mm.oneshot.compress import MEMORY, compensate_model
 from slope_mm.packing.container import write_atomically
 
@@ -95,7 +96,10 @@ def _results(
     results = []
     weights = {found.name: found.weight for found in find_weights(dense)}
     for name, layer in compressed_layers(model).items():
-        sqnr = float(ops.sqnr_db(weights[name], layer.compressed_weight()))
+        # Standardized weights are compressed after that, and never compensated.
+        standardized = isinstance(layer, StandardizedWeight)
+        latent = layer.latent_weight() if standardized else weights[name]
+        sqnr = float(ops.sqnr_db(latent, layer.compressed_weight()))
         results.append(
             LayerResult(
                 name,

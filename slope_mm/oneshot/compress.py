@@ -11,6 +11,7 @@ from torch import nn
 from slope_mm.convert import compressed_layers
 from slope_mm.errors import SlopeError
 from slope_mm.layers import CompressedLayer, stock_type
+from slope_mm.layers.ties import compressed_ties
 from slope_mm.oneshot.latent import latent_weight
 from slope_mm.oneshot.matrix import TRANSPOSED, from_matrix, is_product, weight_matrix
 from slope_mm.oneshot.moments import SecondMoments, collect, stages
@@ -138,7 +139,12 @@ def compensate_model(
         By name, why a compressed layer was not compensated; ``''`` if it was.
     """
     everyone = compressed_layers(model)
-    reasons = {name: refusal(layer) for name, layer in everyone.items()}
+    # One weight cannot be right for several inputs, nor for an embedding's table.
+    tied = {id(module) for tie in compressed_ties(model) for module, _ in tie.owners}
+    reasons = {
+        name: refusal(layer) or ('its weight is tied' if id(layer) in tied else '')
+        for name, layer in everyone.items()
+    }
     running = execution_order(model, forward)
     for name in everyone.keys() - running.keys():
         reasons[name] = reasons[name] or 'the images do not reach it'

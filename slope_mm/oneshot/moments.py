@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_mm.layers import CompressedLayer
+from slope_mm.layers.activation import first_input
 from slope_mm.oneshot.matrix import unfolded_inputs, weight_matrix
 
 # The widest 3x3 of a ResNet has 512 x 9 columns. Wider matrices fall into runs that do not correct
@@ -99,12 +100,15 @@ def stages(layers: Mapping[str, CompressedLayer], limit: int) -> list[list[str]]
 @contextmanager
 def _watching(moments: Mapping[str, SecondMoments]) -> Iterator[None]:
     def count(moment: SecondMoments) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            moment.add(moment.layer.quantized_input(args[0]))
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            moment.add(moment.layer.quantized_input(first_input(args, kwargs)))
 
         return hook
 
-    handles = [moment.layer.register_forward_pre_hook(count(moment)) for moment in moments.values()]
+    handles = [
+        moment.layer.register_forward_pre_hook(count(moment), with_kwargs=True)
+        for moment in moments.values()
+    ]
     try:
         yield
     finally:

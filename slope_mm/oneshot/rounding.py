@@ -26,6 +26,8 @@ from slope_mm.ops.quantization import SMALLEST_STEP, from_codes, to_codes
 # Share of the mean diagonal that is added to H, as in GPTQ: it bounds what a column corrects in
 # others, and makes the moments of few samples invertible.
 DAMPING = 0.01
+# The same of a column that the input never used.
+UNUSED = 1e-6
 # Columns whose corrections of later ones are applied in one product.
 _BLOCK = 128
 
@@ -52,14 +54,14 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
     Args:
         hessian: ``[columns, columns]``, symmetric, positive semidefinite. Columns that the input
-            never used take no part.
+            never used are damped next to nothing: a pattern keeps any other weight first.
     """
     h = hessian.double().clone()
     diagonal = h.diagonal()
-    mean = float(diagonal.mean())
+    mean = float(diagonal.mean()) or 1.0
     unused = diagonal <= 0
-    diagonal[unused] = 1.0
-    diagonal += DAMPING * (mean if mean > 0 else 1.0)
+    diagonal += DAMPING * mean
+    diagonal[unused] = UNUSED * mean
     lower = torch.linalg.cholesky(h)
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 

@@ -57,6 +57,28 @@ def test_the_file_keeps_the_budget_and_nothing_clearly_lighter_is_better(
         assert rivals and found.error <= min(rivals) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize('share', [0.2, 0.6])
+def test_both_budgets_are_kept_where_the_lightest_file_is_not_the_fewest_operations(
+    share: float,
+) -> None:
+    # An unstructured mask needs a bit a weight: at two bits it is longer than dense codes, and has
+    # fewer operations.
+    model, x = net(), images()
+    choices = weight_choices([None, 'unstructured:0.7'], [2])
+    macs = macs_by_layer(model, lambda: model(x))
+    options = candidates(model, RECIPE, choices, macs)
+    errors = sensitivities(model, RECIPE, choices, options)
+    budget = Budget(model, RECIPE, options, errors, macs=macs)
+    dense, masked = (budget.uniform(choice) for choice in choices)
+    assert dense.file_bytes < masked.file_bytes and dense.error < masked.error
+    size = masked.file_bytes + HEADER
+    operations = masked.bops + share * (dense.bops - masked.bops)
+    found = budget.solve(size=size, bops=operations)
+    assert found.file_bytes <= size and found.bops <= operations
+    with pytest.raises(ConfigError, match='bit operations'):
+        budget.solve(size=dense.file_bytes, bops=masked.bops)
+
+
 def budget_bytes(budget: Budget, chosen: dict[str, tuple[str | None, int]]) -> float:
     return sum(budget.candidates[n][c].bits for n, c in chosen.items()) / 8
 

@@ -68,6 +68,14 @@ def test_a_recipe_that_decides_everything_is_refused() -> None:
         candidates(net(), recipe, CHOICES)
 
 
+def test_a_rule_that_leaves_a_layer_dense_or_sparse_by_choice_is_refused() -> None:
+    # Full precision: under a dense choice nothing would be left to compress.
+    rule = dict(match='wide', weight=dict(bits=None))
+    recipe = Recipe.parse({**RECIPE.to_dict(), 'rules': [rule]})
+    with pytest.raises(RecipeError, match="leaves 'wide' at full precision"):
+        candidates(net(), recipe, CHOICES)
+
+
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -222,6 +222,30 @@ def test_parameters_that_modules_share_are_counted_once() -> None:
     assert slope_mm.report(model).dense_bytes == 4 * 4 * 4 + 8
 
 
+class Tied(nn.Module):
+    """Two layers of one weight with biases of their own, and a table of words that is one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.second.weight, self.out.weight = self.first.weight, self.table.weight
+
+
+def test_a_tied_weight_is_counted_once_unless_it_is_compressed_differently() -> None:
+    stock = Tied()
+    once = 4 * sum(parameter.numel() for parameter in stock.parameters())
+    assert slope_mm.report(stock).dense_bytes == slope_mm.report(stock).stored_bytes == once
+    model = slope_mm.convert(
+        stock, dict(weight=dict(bits=4), rules=[dict(match='out', weight=dict(bits=2))])
+    )
+    report = slope_mm.report(model)
+    assert report.dense_bytes == once
+    # The table as it is; codes and steps of `first` and of `out`; three biases.
+    codes = (8 * 8 * 4 + 16 * 8 * 2) // 8
+    assert report.stored_bytes == 4 * 16 * 8 + codes + 4 * (8 + 16) + 4 * (8 + 8 + 16)
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 

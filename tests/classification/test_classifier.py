@@ -134,6 +134,14 @@ def test_a_package_that_is_not_there_is_named(images: Path, tmp_path: Path) -> N
 # --- accuracy ------------------------------------------------------------------------------------
 
 
+def test_scores_that_are_no_numbers_are_wrong() -> None:
+    metric = METRICS.build(dict(type='slope_mm.TopKAccuracy', topk=(1, 3)))
+    nan = float('nan')
+    for scores in ([nan] * 6, [1.0, nan, nan, nan, 0.0, 0.0], [nan, 1.0, 1.0, 1.0, 1.0, 1.0]):
+        metric.process({}, [{'scores': torch.tensor(scores), 'label': 0}])
+    assert metric.evaluate(3) == {'accuracy/top1': 0.0, 'accuracy/top3': 0.0}
+
+
 def test_accuracy_counts_labels_among_the_best_scores() -> None:
     noise = np.random.default_rng(1)
     # Few values, so that there are ties: the lower index goes first.

@@ -13,6 +13,7 @@ import tiny
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import slope_mm
 from slope_mm import ConfigError, SlopeCalibrationHook, compressed_layers
 from slope_mm.engine.calibration import uncalibrated_layers
+from slope_mm.engine.calibration_images import run_losses
 
 MakeConfig = Callable[..., Config]
 OWN_HOOK = 'slope_mm.SlopeCalibrationHook'
@@ -178,6 +180,26 @@ def test_weights_batch_norm_and_random_states_are_left_as_found(
         detector._run_forward(detector.data_preprocessor(batch, True), mode='loss')
     assert tiny.differing(before, tiny.state_of(detector)) != changed
     assert random_states() != states
+
+
+class Normed(BaseModel):
+    """A compressed layer behind an instance norm that keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.InstanceNorm2d(8, track_running_stats=True), nn.Conv2d(8, 8, 3)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'loss') -> Any:
+        return {'loss': self.conv(self.norm(inputs)).mean()}
+
+
+@pytest.mark.parametrize('run', [slope_mm.calibrate, run_losses])
+def test_statistics_of_instance_norms_are_left_as_found(run: Callable[..., Any]) -> None:
+    model = slope_mm.convert(Normed(), tiny.TOY_RECIPE)
+    before = {key: value.clone() for key, value in model.norm.state_dict().items()}
+    run(model, [dict(inputs=3 + torch.randn(2, 8, 6, 6))])
+    for key, value in model.norm.state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 class Modes(Hook):

@@ -255,6 +255,30 @@ def test_a_model_built_without_memory_takes_a_checkpoint_as_its_own(compressed: 
     assert model[0].activation_signed is True
 
 
+def test_a_model_that_was_given_memory_afterwards_begins_as_any_other() -> None:
+    """``to_empty`` leaves what the memory held before, which no stock checkpoint writes over."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    stock, x = build(), torch.randn(3, 8)
+    wanted = compress(copy.deepcopy(stock), W4A4)
+    with torch.device('meta'):
+        model = build()
+    compress(model, W4A4)
+    model.to_empty(device='cpu')
+    for layer in model:
+        for key in ('slope_step', 'slope_act_step'):
+            getattr(layer, key).data.fill_(float('nan'))
+        for key in ('slope_layer', 'slope_act_signed'):
+            getattr(layer, key).fill_(77)
+    model.load_state_dict(stock.state_dict())
+    assert torch.equal(model.train()(x), wanted.train()(x))
+    saved = model.state_dict()
+    compress(build(), W4A4).load_state_dict(saved)
+    assert all(torch.equal(saved[key], value) for key, value in wanted.state_dict().items())
+
+
 # --- frozen layers, devices of low precision -----------------------------------------------------
 
 

@@ -182,6 +182,41 @@ def test_an_error_in_a_forward_leaves_no_scope_open(model: nn.Module) -> None:
         assert torch.equal(model(x), reference(model, x))
 
 
+@pytest.mark.parametrize('trained', [False, True])
+def test_a_forward_that_was_interrupted_leaves_nothing_stale(
+    model: nn.Module, trained: bool
+) -> None:
+    x = torch.randn(2, 8, 6, 6)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        handle = model.last.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+    if trained:
+        for _ in range(2):
+            # A kept graph could not be gone through twice.
+            model(x).sum().backward()
+    with torch.no_grad():
+        model(x)
+        negate(model)
+        assert torch.equal(model(x), reference(model, x))
+    assert not any(layer.sharing for layer in layers_of(model))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_a_kept_weight_is_of_the_models_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    # Weights that bf16 holds exactly: their values do not change with the dtype.
+    model.bfloat16().float()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        model(x)
+        assert model.to(dtype)(x.to(dtype)).dtype == dtype
+
+
 def test_copies_start_without_what_was_kept(model: nn.Module, counted: list[int]) -> None:
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():

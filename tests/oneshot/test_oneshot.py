@@ -10,6 +10,7 @@ from convertible_net import Net, image
 from torch import Tensor, nn
 
 import slope_mm
+from slope_mm.analysis.bops import count_operations
 from slope_mm.analysis.output_error import output_errors
 from slope_mm.oneshot.compress import compensate_model, execution_order
 
@@ -87,6 +88,54 @@ def test_a_state_dict_brings_codes_and_masks_into_another_model() -> None:
             assert torch.equal(one.mask, two.mask), name
     x = image()
     assert torch.equal(model(x), other.eval()(x))
+
+
+class Tied(nn.Module):
+    """A table of words that a linear layer uses as its weight, and two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.second.weight, self.out.weight = self.first.weight, self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(self.second(self.first(self.table(words)).relu()))
+
+
+def test_tied_weights_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = slope_mm.convert(Tied(), dict(weight=dict(sparsity='2:4', bits=4))).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    words = torch.arange(16)
+    reasons = compensate_model(model, lambda: model(words))
+    assert reasons == dict.fromkeys(('first', 'second', 'out'), 'its weight is tied')
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+class ByName(nn.Module):
+    """Calls its layers with their input's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(8, 8, 3), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(input=self.conv(input=x).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_inputs_may_be_given_by_name() -> None:
+    torch.manual_seed(0)
+    dense, x = ByName().eval(), torch.randn(4, 8, 6, 6)
+    recipe = dict(weight=dict(sparsity='2:4', bits=4), activation=dict(bits=4))
+    model = slope_mm.convert(copy.deepcopy(dense), recipe).train()
+    model(x)
+    model.eval()
+    torch.testing.assert_close(slope_mm.bake(model, 'fake_quant')(x), model(x))
+    assert count_operations(dense, lambda: dense(x)).macs == 4 * (4 * 4 * 8 * 8 * 9 + 8 * 8)
+    assert set(compensate_model(model, lambda: model(x)).values()) == {''}
 
 
 def test_what_cannot_be_compensated_says_why() -> None:

@@ -144,5 +144,10 @@ def test_inputs_that_are_never_used_do_no_harm() -> None:
     found = compensate(w, [hessian], codes=weight_codes('lsq', 8))
     assert torch.isfinite(found.compressed).all()
     assert torch.allclose(found.corrected[:, 3] / w[:, 3], torch.ones(4).double(), rtol=0.05)
+    # Whatever the inputs' scale, a pattern spends nothing on what is never used.
+    for scale in (1.0, 1e-4):
+        kept = compensate(w, [scale * hessian], pattern=NMPattern(2, 4)).mask
+        assert not kept[:, 3].any()
+        assert torch.equal(kept.view(4, 4, 4).sum(2), torch.full((4, 4), 2))
     zeros = compensate(w, [torch.zeros(16, 16)], codes=weight_codes('lsq', 8))
     assert torch.isfinite(zeros.compressed).all()

@@ -42,6 +42,19 @@ def test_cosine_and_sqnr_are_the_formulas(
     assert float(sqnr_db(a, b)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_large_tensors_lose_nothing_to_rounding() -> None:
+    a = random_tensor((4_000_000,))
+    b = a + 0.1 * random_tensor((4_000_000,), seed=1)
+    x, y = a.double().numpy(), b.double().numpy()
+    assert float(cosine(a, a)) == 1
+    assert float(cosine(a, b)) == pytest.approx(
+        (x @ y) / np.sqrt((x @ x) * (y @ y)), rel=0, abs=1e-7
+    )
+    noise = x - y
+    decibels = 10 * np.log10((x @ x) / (noise @ noise))
+    assert float(sqnr_db(a, b)) == pytest.approx(decibels, abs=1e-5)
+
+
 def test_metrics_of_zero_and_of_equal_tensors() -> None:
     w, zero = random_tensor((4, 8)), torch.zeros(4, 8)
     assert float(cosine(zero, zero)) == 1
