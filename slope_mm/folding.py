@@ -83,7 +83,8 @@ def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _foldable(layer: nn.Module, norm: _BatchNorm, any_step: bool) -> bool:
-    if not is_plain(layer):
+    # What a hook computes (spectral norm and its kin) would be computed over the folded weight.
+    if not is_plain(layer) or 'weight' not in layer._parameters:
         return False
     transposed = isinstance(layer, nn.ConvTranspose2d)
     if transposed and layer.groups != 1:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import slope_mm
 from slope_mm import SlopeError
@@ -41,6 +42,22 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv1(self.bn1(x).relu())
+
+
+def test_a_weight_that_a_hook_computes_is_not_folded_into() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        ConvModule(8, 8, 3, norm_cfg=dict(type='BN'), with_spectral_norm=True),
+        nn.Sequential(weight_norm(nn.Conv2d(8, 8, 3)), nn.BatchNorm2d(8)),
+        ConvModule(8, 8, 1, norm_cfg=dict(type='BN')),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    model.eval()
+    x = torch.randn(2, 8, 9, 9)
+    torch.testing.assert_close(slope_mm.fold_batch_norms(model)(x), model(x))
 
 
 class Net(nn.Module):

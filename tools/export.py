@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import slope_mm
 from slope_mm.analysis.size import order0_bits
 from slope_mm.engine import launch
 from slope_mm.engine.packed import stock_config
-from slope_mm.engine.stock import evaluate, quantized_inputs, save_stock
+from slope_mm.engine.stock import evaluate, is_baked, quantized_inputs, save_stock
+from slope_mm.errors import ExportError, SlopeError
+from slope_mm.export.folder import check_target
 from slope_mm.export.hardware import hardware_table
 from slope_mm.packing import PackedFile
 from slope_mm.packing.layout import CODINGS
@@ -70,6 +73,29 @@ def parse_args() -> argparse.Namespace:
             '--evaluate', action='store_true', help='print the metrics of the checkpoint and of OUT'
         )
     return parser.parse_args()
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Refuses to write over anything but an earlier file of the same kind.
+
+    Raises:
+        ExportError: If OUT is something else.
+    """
+    if args.kind == 'check':
+        return
+    if args.kind == 'onnx':
+        check_target(args.out)
+        return
+    out = Path(args.out)
+    if not out.is_file():
+        return
+    if Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
+        raise ExportError(f"'{out}' is the checkpoint itself; give another OUT")
+    with contextlib.suppress(SlopeError):
+        if is_baked(args.out) if args.kind == 'stock' else PackedFile.open(args.out):
+            return
+    known = 'a stock checkpoint that was exported' if args.kind == 'stock' else 'a packed file'
+    raise ExportError(f"'{out}' exists and is not {known}; give another OUT, or remove it")
 
 
 def write_packed(args: argparse.Namespace, config: Config, model: nn.Module, meta: Any) -> None:
@@ -146,7 +172,8 @@ def write_onnx(args: argparse.Namespace, config: Config, model: nn.Module, meta:
 def print_table(before: dict[str, float], after: dict[str, float], kind: str) -> None:
     print(f'{"metric":<28}{"checkpoint":>12}{kind:>12}')
     for name, value in before.items():
-        print(f'{name:<28}{value:>12.4f}{after[name]:>12.4f}')
+        # Without a single detection there are no metrics.
+        print(f'{name:<28}{value:>12.4f}{after.get(name, 0.0):>12.4f}')
 
 
 def print_metrics(args: argparse.Namespace, config: Config) -> None:
@@ -158,6 +185,7 @@ def print_metrics(args: argparse.Namespace, config: Config) -> None:
 
 def main() -> None:
     args = parse_args()
+    check_out(args)
     config = launch.read_config(args.config, args.cfg_options)
     if getattr(args, 'evaluate', False):
         launch.check_data(config.get('test_dataloader'), 'test_dataloader')

@@ -83,6 +83,10 @@ def main() -> None:
     if args.backend == 'semi_structured' and not torch.cuda.is_available():
         raise ExportError(NEEDS_CUDA)
     if args.backend == 'onnxruntime':
+        if args.launcher != 'none':
+            raise ExportError(
+                'exported detectors have nothing that processes could share; leave --launcher out'
+            )
         use_export(config, args.checkpoint)
     else:
         if is_baked(args.checkpoint):

@@ -6,7 +6,6 @@ mistakes that can be found are found before that.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import sys
@@ -34,6 +33,7 @@ from slope_mm.engine.fit import check_fit
 from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_constructor import SlopeOptimWrapperConstructor
+from slope_mm.engine.packed import model_section
 from slope_mm.engine.refusals import check_ways
 from slope_mm.engine.storage import latest_checkpoint
 from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
@@ -202,8 +202,8 @@ def build_model(config: Config) -> nn.Module:
     init_default_scope(scope)
     if 'type' not in config.get('model', {}):
         raise ConfigError("the config has no model with a 'type'; inherit from a detector's config")
-    # Stock detectors write into the config that they are built from.
-    return MODELS.build(copy.deepcopy(config.model))
+    # A copy: stock detectors write into the config that they are built from.
+    return MODELS.build(model_section(config))
 
 
 def check_scope(scope: str) -> None:

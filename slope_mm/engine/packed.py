@@ -39,7 +39,18 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     plain = config.to_dict() if isinstance(config, Config) else dict(config)
     kept = {key: by_name(plain[key]) for key in CONFIG_KEYS if plain.get(key) is not None}
-    return {**kept, 'model': stock_model(plain['model'])}
+    return {**kept, 'model': stock_model(model_section(plain))}
+
+
+def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's model section with the ``data_preprocessor`` that stands beside it.
+
+    mmengine's runner puts it there (mmpretrain's configs count on that); nobody else does.
+    """
+    section = copy.deepcopy(dict(config['model']))
+    if config.get('data_preprocessor') is not None:
+        section.setdefault('data_preprocessor', copy.deepcopy(config['data_preprocessor']))
+    return section
 
 
 def stock_model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +137,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
             f'{os.fspath(path)} carries no config to build its model from; build it, and give it as'
             ' load_packed(path, model)'
         )
-    _check_types(config['model'], os.fspath(path))
+    # All of it: the pipeline of its test set is built when an image is given to the model.
+    _check_types(config, os.fspath(path))
     init_default_scope(str(config.get('default_scope', 'mmdet')))
     try:
         # Stock detectors write into the config that they are built from.
@@ -148,16 +160,18 @@ def _check_types(value: Any, name: str) -> None:
         kind = value.get('type')
         if isinstance(kind, str) and not re.fullmatch(rf'(({"|".join(SCOPES)})\.)?\w+', kind):
             raise PackedFileError(
-                f"the config of {name} asks for '{kind[:100]}', which is no registered model of"
+                f"the config of {name} asks for '{kind[:100]}', which is no registered class of"
                 f' {", ".join(SCOPES)}; build the model yourself, and give it as'
                 ' load_packed(path, model)'
             )
-        if value.get('_scope_', SCOPES[0]) not in SCOPES:
-            raise PackedFileError(
-                f"the config of {name} asks for the scope '{str(value['_scope_'])[:100]}', which is"
-                f' none of {", ".join(SCOPES)}; build the model yourself, and give it as'
-                ' load_packed(path, model)'
-            )
+        for key in ('_scope_', 'default_scope'):
+            scope = value.get(key, SCOPES[0])
+            if scope not in SCOPES:
+                raise PackedFileError(
+                    f"the config of {name} asks for the scope '{str(scope)[:100]}', which is none"
+                    f' of {", ".join(SCOPES)}; build the model yourself, and give it as'
+                    ' load_packed(path, model)'
+                )
         for item in value.values():
             _check_types(item, name)
     elif isinstance(value, (list, tuple)):

@@ -6,6 +6,9 @@ Configs name it without importing anything; onnxruntime is imported when it is b
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from slope_mm.engine.packed import stock_model
+from slope_mm.engine.packed import model_section, stock_model
+from slope_mm.errors import ExportError
 from slope_mm.export.folder import read_index
+from slope_mm.packing.plainconfig import to_plain
 
 
 @MODELS.register_module()
@@ -36,9 +41,32 @@ def OnnxDetector(folder: str, arch: str, threads: int | None = None, **model: An
     from slope_mm.export.runtime import assemble
 
     index = read_index(folder)
+    stock = dict(type=arch, **model)
+    given = index.facts.get('model')
+    if arch.rpartition('.')[2] != index.arch or given not in (
+        None,
+        model_digest(stock_model(stock)),
+    ):
+        raise ExportError(
+            f"'{folder}' is the export of another {index.arch} than the config's {arch} (train_cfg"
+            ' and test_cfg aside); give the config that it was exported with'
+        )
     # Stock detectors write into the config that they are built from.
-    detector = MODELS.build(copy.deepcopy(dict(type=arch, **model)))
+    detector = MODELS.build(copy.deepcopy(stock))
     return assemble(detector, index, Path(folder), threads)
+
+
+def model_digest(stock: Mapping[str, Any]) -> str:
+    """Of a stock model section, what tells its network from another one."""
+    return hashlib.sha256(json.dumps(_network(stock), sort_keys=True).encode()).hexdigest()
+
+
+def _network(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _network(v) for k, v in value.items() if k not in ('train_cfg', 'test_cfg')}
+    if isinstance(value, (list, tuple)):
+        return [_network(item) for item in value]
+    return to_plain(value, 'model')
 
 
 def use_onnx_model(config: Config, folder: str, threads: int | None = None) -> None:
@@ -49,6 +77,6 @@ def use_onnx_model(config: Config, folder: str, threads: int | None = None) -> N
         folder: The export.
         threads: As in :func:`OnnxDetector`.
     """
-    stock = stock_model(config.model.to_dict())
+    stock = stock_model(model_section(config.to_dict()))
     stock['arch'] = stock.pop('type')
     config.model = dict(type='slope_mm.OnnxDetector', folder=folder, threads=threads, **stock)

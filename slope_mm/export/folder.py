@@ -99,13 +99,19 @@ def read_index(folder: str | os.PathLike[str], check: bool = True) -> ExportInde
         raise ExportError(f'{path} cannot be read ({error}); export the checkpoint again') from None
     if check:
         for part in index.parts:
-            for name, wanted in part.sha256.items():
-                _check_file(Path(folder) / name, wanted)
+            for name in {part.portable, part.cpu, *part.sha256}:
+                _check_file(Path(folder), name, part.sha256.get(name))
     return index
 
 
-def _check_file(path: Path, wanted: str) -> None:
-    if path.name != os.path.basename(path.name) or not path.is_file():
+def _check_file(folder: Path, name: str, wanted: str | None) -> None:
+    path = folder / name
+    if name != os.path.basename(name) or wanted is None:
+        raise ExportError(
+            f"'{folder / INDEX}' names '{name}', which is no file of an export; export the"
+            ' checkpoint again'
+        )
+    if not path.is_file():
         raise ExportError(f"'{path}' is missing; export the checkpoint again")
     if checksum(path) != wanted:
         raise ExportError(f"'{path}' is damaged or of another export; export the checkpoint again")
@@ -126,11 +132,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ExportError: If something else is there, or it cannot be written.
     """
-    target = Path(folder)
-    if target.exists() and not _replaceable(target):
-        raise ExportError(
-            f"'{target}' exists and is no earlier export; choose an empty or a new folder"
-        )
+    target = check_target(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
@@ -139,16 +141,53 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield stage
         stage.chmod(0o755)
-        old = Path(tempfile.mkdtemp(prefix=f'.{target.name}.old.', dir=target.parent))
-        if target.exists():
-            target.replace(old / 'export')
-        stage.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _exchange(stage, target)
     except OSError as error:
         raise ExportError(f"'{target}' cannot be written: {error}") from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _replaceable(target: Path) -> bool:
-    return target.is_dir() and ((target / INDEX).is_file() or not any(target.iterdir()))
+def _exchange(stage: Path, target: Path) -> None:
+    """Puts a folder in another's place; where that fails, the other one is back there."""
+    if not target.exists():
+        stage.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f'.{target.name}.old.', dir=target.parent))
+    try:
+        target.replace(old / 'export')
+        try:
+            stage.replace(target)
+        except OSError:
+            (old / 'export').replace(target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """Looks whether an export may be written to a folder, and gives its path without links.
+
+    Raises:
+        ExportError: If something is there that is no earlier export, or that lies beside one.
+    """
+    target = Path(folder).resolve()
+    advice = 'choose an empty or a new folder'
+    if Path.cwd().is_relative_to(target):
+        raise ExportError(f"'{target}' is the folder you are in, or holds it; {advice}")
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ExportError(f"'{target}' exists and is no folder; {advice}")
+    there = {entry.name for entry in target.iterdir()}
+    if there and INDEX not in there:
+        raise ExportError(f"'{target}' exists and is no earlier export; {advice}")
+    if there:
+        parts = read_index(target, check=False).parts
+        others = there - {INDEX} - {name for part in parts for name in part.sha256}
+        if others:
+            raise ExportError(
+                f"'{target}' holds '{min(others)}' beside an earlier export, which would be lost;"
+                f' move it, or {advice}'
+            )
+    return target

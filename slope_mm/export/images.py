@@ -25,9 +25,14 @@ def image_batches(config: Config, count: int, images: Sequence[str] = ()) -> lis
         images: Image files to take instead.
 
     Raises:
-        DataError: If the test set or an image is missing.
+        DataError: If the test set or an image is missing, or cannot be used.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
+    if config.get('test_dataloader') is None:
+        raise DataError(
+            "the config has no 'test_dataloader', whose pipeline prepares images; inherit from one"
+            ' that has'
+        )
     if images:
         return [_batch_of(config, image) for image in images]
     try:
@@ -35,6 +40,9 @@ def image_batches(config: Config, count: int, images: Sequence[str] = ()) -> lis
     except DataError as error:
         raise DataError(f'{error}; or give images of your own with --images') from None
     loader = copy.deepcopy(config.test_dataloader)
+    # What only workers know.
+    for key in ('prefetch_factor', 'batch_sampler', 'timeout'):
+        loader.pop(key, None)
     loader.update(
         batch_size=1,
         num_workers=0,
@@ -49,13 +57,20 @@ def _batch_of(config: Config, image: str) -> dict[str, Any]:
     if not Path(image).is_file():
         raise DataError(f"there is no image '{image}'; give paths of image files")
     steps = [step for step in _test_pipeline(config) if 'LoadAnnotations' not in str(step['type'])]
-    batch: dict[str, Any] = pseudo_collate([Compose(steps)(dict(img_path=image, img_id=0))])
+    try:
+        batch: dict[str, Any] = pseudo_collate([Compose(steps)(dict(img_path=image, img_id=0))])
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"'{image}' cannot be prepared by the config's test pipeline ({reason[:200]}); give"
+            ' paths of image files'
+        ) from error
     return batch
 
 
 def _test_pipeline(config: Config) -> list[dict[str, Any]]:
     """The steps of the innermost test data set."""
     dataset = config.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    while 'dataset' in dataset or 'datasets' in dataset:
+        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
     return list(dataset.pipeline)

@@ -104,10 +104,13 @@ def describe_layers(model: nn.Module) -> dict[str, ExportedLayer]:
     for name, module in model.named_modules():
         direct = isinstance(module, Composite) and bool(module.used_layers())
         if direct or (isinstance(module, CompressedLayer) and not is_plain(module)):
+            stock = stock_type(module)
+            # Operators of mmcv's own are none of the runtime's.
+            alone = f"leave it alone in training (dict(match='{name}', compress=False)), or "
             raise ExportError(
-                f"layer '{name}' ({stock_type(module).__name__}) is compressed, and only plain"
-                ' convolutions and linear layers can be exported; leave it alone in training'
-                f" (dict(match='{name}', compress=False)), or write a packed file"
+                f"layer '{name}' ({stock.__name__}) is compressed, and only plain convolutions and"
+                f' linear layers can be exported;'
+                f' {"" if stock.__module__.startswith("mmcv.ops") else alone}write a packed file'
             )
     norms = folded_norms(model)
     return {
@@ -124,9 +127,13 @@ def _norm(model: nn.Module, name: str | None) -> _BatchNorm | None:
 def describe_layer(name: str, module: Any, norm: _BatchNorm | None) -> ExportedLayer:
     """One layer, with the batch norm behind it (see :func:`describe_layers`)."""
     kind = _kind(module)
+    if kind == 'conv_transpose' and module.groups > 1:
+        raise ExportError(
+            f"layer '{name}' is a transposed convolution of {module.groups} groups, which cannot be"
+            ' exported; write a packed file'
+        )
     axis = 1 if kind == 'conv_transpose' else 0
-    channels = module.weight.shape[axis] * (module.groups if kind == 'conv_transpose' else 1)
-    factor = torch.ones(channels, dtype=torch.float64)
+    factor = torch.ones(module.weight.shape[axis], dtype=torch.float64)
     bias = None if module.bias is None else module.bias.double()
     if norm is not None:
         factor = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]

@@ -95,6 +95,14 @@ def detector_parts(detector: nn.Module) -> list[Part]:
             f'{type(detector).__name__} is neither a single-stage nor a two-stage detector; those'
             ' can be exported, e.g. RetinaNet, FCOS, Faster R-CNN and Mask R-CNN'
         )
+    head_name = 'rpn_head' if has_rois(detector) else 'bbox_head'
+    head = getattr(detector, head_name, None)
+    if head is None or type(head).forward is nn.Module.forward:
+        raise ExportError(
+            f'{type(detector).__name__} has no {head_name}'
+            + ('' if head is None else f' with a forward ({type(head).__name__} has none)')
+            + ', and cannot be exported; write a packed file'
+        )
     parts = [Part(DENSE, DenseForward(detector), 'images', DENSE_AXES)]
     if has_rois(detector):
         roi_head: Any = detector.roi_head

@@ -112,10 +112,10 @@ class OnnxPart:
         return cls(open_session(content, threads), files.structure, at_once)
 
     def __call__(self, x: Tensor) -> Any:
-        if x.device.type != 'cpu':
-            raise ExportError('exported detectors run on the CPU; use device=cpu')
-        found = _in_pieces(self.session, x.contiguous(), self.at_once or max(1, len(x)))
-        return unflatten(self.structure, iter(found))
+        # The sessions compute on the CPU, wherever the rest of the detector does.
+        given = x.cpu().contiguous()
+        found = _in_pieces(self.session, given, self.at_once or max(1, len(given)))
+        return unflatten(self.structure, (output.to(x.device) for output in found))
 
 
 def _in_pieces(session: onnxruntime.InferenceSession, x: Tensor, size: int) -> list[Tensor]:

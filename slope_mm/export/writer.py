@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from slope_mm.convert import compressed_layers
 from slope_mm.errors import ExportError
-from slope_mm.export.folder import ExportIndex, PartFiles, checksum, staged, write_index
+from slope_mm.export.detector import model_digest
+from slope_mm.export.folder import (
+    ExportIndex,
+    PartFiles,
+    check_target,
+    checksum,
+    staged,
+    write_index,
+)
 from slope_mm.export.gate import PartReport, check_part, refuse
 from slope_mm.export.graph import LayerCall, lower, with_int4
 from slope_mm.export.integer import to_integer
@@ -28,7 +36,7 @@ from slope_mm.export.parts import (
     flatten,
     structure_of,
 )
-from slope_mm.export.skeleton import marked, trace
+from slope_mm.export.skeleton import DOMAIN, marked, trace
 from slope_mm.export.strips import rois_at_once
 from slope_mm.packing.plainconfig import to_plain
 
@@ -82,6 +90,7 @@ def _export_part(
     nested = part.module(example)
     names = [f'output_{i}' for i in range(len(flatten(nested)))]
     skeleton = trace(FlatForward(part.module), example, part.input_name, names, part.axes)
+    _refuse_foreign(skeleton, part.name)
     portable, calls = lower(skeleton, layers)
     cpu = to_integer(portable, example.shape)
     if int4:
@@ -89,6 +98,15 @@ def _export_part(
     for graph in (portable, cpu):
         _check(graph, part.name)
     return ExportedPart(part.name, part.input_name, structure_of(nested), portable, cpu, calls)
+
+
+def _refuse_foreign(skeleton: onnx.ModelProto, name: str) -> None:
+    for node in skeleton.graph.node:
+        if node.domain not in ('', 'ai.onnx', DOMAIN):
+            raise ExportError(
+                f"the graph of '{name}' needs {node.domain}::{node.op_type}, an operator that ONNX"
+                ' Runtime lacks, whether or not its layer is compressed; write a packed file'
+            )
 
 
 def _check(graph: onnx.ModelProto, name: str) -> None:
@@ -124,20 +142,23 @@ def export_onnx(
         ExportError: If a part cannot be exported or does not compute what was trained; nothing is
             written then.
     """
+    check_target(folder)
     detector = detector.eval()
+    parts = detector_parts(detector)
     _refuse_uncalibrated(detector)
     inputs: dict[str, list[Tensor]] = {}
     for batch in batches:
         for name, found in capture_inputs(detector, batch).items():
             inputs.setdefault(name, []).extend(found)
-    for part in detector_parts(detector):
+    for part in parts:
         if part.name not in inputs:
             raise ExportError(
                 f"'{part.name}' got no input from the {len(batches)} images: nothing was detected;"
                 ' give other images'
             )
     exported = export_parts(detector, inputs, int4)
-    modules = {part.name: part.module for part in detector_parts(detector)}
+    modules = {part.name: part.module for part in parts}
+    step = _size_step(detector)
     reports = [
         check_part(
             part.name,
@@ -147,12 +168,15 @@ def export_onnx(
             detector,
             modules[part.name],
             inputs[part.name],
+            step if part.name == DENSE else None,
         )
         for part in exported
     ]
     refuse(reports)
     recipe = getattr(detector, 'slope_recipe', None)
+    stock = getattr(detector, 'slope_config', None)
     facts: dict[str, Any] = {
+        'model': None if stock is None else model_digest(stock),
         'recipe': None if recipe is None else to_plain(recipe.to_dict(), 'recipe'),
         'gate': {part.name: report.facts() for part, report in zip(exported, reports, strict=True)},
     }
@@ -165,6 +189,12 @@ def export_onnx(
             facts['metrics'] = dict(judge(stage))
             write_index(stage, index)
     return index
+
+
+def _size_step(detector: Any) -> int:
+    """By how many pixels images that a detector takes differ at least; 32 or more."""
+    divisor = int(getattr(detector.data_preprocessor, 'pad_size_divisor', 1) or 1)
+    return divisor * -(-32 // divisor)
 
 
 def _refuse_uncalibrated(detector: nn.Module) -> None:

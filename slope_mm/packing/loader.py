@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slope_mm.convert import compressed_layers, start_layers
 from slope_mm.errors import PackedFileError, RecipeError, SlopeError
 from slope_mm.layers import CompressedLayer, LayerSpec, find_weights
+from slope_mm.layers.reuse import WeightReuse
 from slope_mm.layers.standardized import STANDARDIZED, StandardizedWeight
 from slope_mm.ops import parse_pattern
 from slope_mm.packing.codec import weight_values
@@ -226,6 +227,9 @@ def _refuse(keys: Iterable[str], problem: str) -> None:
 
 
 def _start_compression(file: PackedFile, model: nn.Module) -> None:
+    if not compressed_layers(model):
+        # Evaluations compress each weight once, as in a converted model.
+        WeightReuse.attach(model)
     start_layers(model, {name: layer_spec(la.layout) for name, la in file.layers.items()})
     recipe = file.header.get('recipe')
     if recipe is not None and not hasattr(model, 'slope_recipe'):

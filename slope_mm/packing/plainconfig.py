@@ -1,4 +1,4 @@
-"""Configs as JSON: tuples and infinite numbers survive, and nothing else than data does."""
+"""Configs as JSON: tuples, infinite numbers and keys of any kind survive, and nothing but data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from slope_mm.errors import PackedFileError
 
-TUPLE, NUMBER = '__tuple__', '__number__'
+TUPLE, NUMBER, ITEMS = '__tuple__', '__number__', '__items__'
 
 
 def to_plain(value: Any, where: str) -> Any:
@@ -19,6 +19,8 @@ def to_plain(value: Any, where: str) -> Any:
     """
     if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+        return {ITEMS: [[to_plain(pair, where) for pair in item] for item in value.items()]}
     if isinstance(value, Mapping):
         return {str(key): to_plain(item, f'{where}.{key}') for key, item in value.items()}
     if isinstance(value, tuple):
@@ -50,4 +52,14 @@ def from_plain(value: Any) -> Any:
         return tuple(from_plain(item) for item in value[TUPLE])
     if value.keys() == {NUMBER} and value[NUMBER] in ('inf', '-inf', 'nan'):
         return float(value[NUMBER])
+    if value.keys() == {ITEMS}:
+        pairs = from_plain(value[ITEMS])
+        if isinstance(pairs, list) and all(_is_item(pair) for pair in pairs):
+            return dict(pairs)
     return {key: from_plain(item) for key, item in value.items()}
+
+
+def _is_item(pair: Any) -> bool:
+    return (
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (int, float, str, tuple))
+    )

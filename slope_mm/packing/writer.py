@@ -86,7 +86,7 @@ def save_packed(
             the last two.
         dtype: ``'float16'`` or ``'bfloat16'`` stores steps, biases, BN and all that is not
             compressed in half the bytes, but for tensors that the type cannot hold: values that
-            overflow, and steps that lose digits.
+            overflow or become zero, and steps that lose digits.
 
     Returns:
         The file's length in bytes.
@@ -100,6 +100,20 @@ def save_packed(
     return len(content)
 
 
+def check_options(coding: str, dtype: str | None) -> None:
+    """Refuses options that :func:`save_packed` does not know.
+
+    Raises:
+        PackedFileError: Names the option and its choices.
+    """
+    if coding not in (SMALLEST, *CODINGS):
+        raise PackedFileError(f'coding={coding!r} is unknown; choose one of {[SMALLEST, *CODINGS]}')
+    if dtype is not None and dtype not in HALF_DTYPES:
+        raise PackedFileError(
+            f'dtype={dtype!r} is unknown; choose one of {sorted(HALF_DTYPES)}, or None'
+        )
+
+
 @torch.no_grad()
 def pack(
     model: nn.Module,
@@ -109,12 +123,7 @@ def pack(
     dtype: str | None = None,
 ) -> bytearray:
     """The content of the file that :func:`save_packed` writes."""
-    if coding not in (SMALLEST, *CODINGS):
-        raise PackedFileError(f'coding={coding!r} is unknown; choose one of {[SMALLEST, *CODINGS]}')
-    if dtype is not None and dtype not in HALF_DTYPES:
-        raise PackedFileError(
-            f'dtype={dtype!r} is unknown; choose one of {sorted(HALF_DTYPES)}, or None'
-        )
+    check_options(coding, dtype)
     model = _unwrapped(model)
     layers = {w.name: w.layer for w in find_weights(model) if w.layer is not None}
     keys = {w.name: w.key for w in find_weights(model) if w.layer is not None}
@@ -349,6 +358,8 @@ def _halved(tensor: Tensor, half: torch.dtype | None, is_step: bool = False) -> 
         return tensor
     smaller = tensor.to(half)
     if not torch.equal(torch.isfinite(smaller), torch.isfinite(tensor)):
+        return tensor
+    if bool(((smaller == 0) & (tensor != 0)).any()):
         return tensor
     if is_step and bool((tensor < torch.finfo(half).tiny).any()):
         return tensor

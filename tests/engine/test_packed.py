@@ -17,13 +17,15 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.models.detectors import RetinaNet
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
 import slope_mm
 from slope_mm import PackedFileError
+from slope_mm.engine import launch
 from slope_mm.engine.checkpoint import load_checkpoint_file
 from slope_mm.engine.packed import stock_config
+from slope_mm.layers import base
 from slope_mm.packing import read_packed, save_packed
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -173,9 +175,63 @@ def test_a_config_can_name_registered_models_alone(
     config = stock_config(slope_run.config)
     config['model']['roi_head'] = dict(type='StandardRoIHead', bbox_head=[dict(type=kind)])
     save_packed(slope_run.model, tmp_path / 'model.slope', dict(config=config))
-    with pytest.raises(PackedFileError, match='no registered model') as error:
+    with pytest.raises(PackedFileError, match='no registered class') as error:
         slope_mm.load_packed(tmp_path / 'model.slope')
     assert f"'{kind}'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda config: config['test_dataloader']['dataset'].update(
+            pipeline=[dict(type='os.rmdir')]
+        ),
+        lambda config: config['visualizer'].update(type='a.b'),
+        lambda config: config.update(default_scope='elsewhere'),
+    ],
+    ids=['pipeline', 'visualizer', 'default_scope'],
+)
+def test_what_stands_beside_the_model_names_registered_classes_too(
+    change: Callable[[dict[str, Any]], None], slope_run: tiny.Run, tmp_path: Path
+) -> None:
+    """A pipeline is built, and run, when the loaded model is given an image."""
+    config = stock_config(slope_run.config)
+    change(config)
+    save_packed(slope_run.model, tmp_path / 'model.slope', dict(config=config))
+    with pytest.raises(PackedFileError, match='build the model yourself'):
+        slope_mm.load_packed(tmp_path / 'model.slope')
+
+
+def test_a_preprocessor_beside_the_model_is_carried(
+    slope_run: tiny.Run, tmp_path: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    """mmengine's runner puts it into the model section; mmpretrain's configs count on that."""
+    config = copy.deepcopy(slope_run.config)
+    config.data_preprocessor = config.model.pop('data_preprocessor')
+    built = launch.build_model(config)
+    assert torch.equal(built.data_preprocessor.mean, slope_run.model.data_preprocessor.mean)
+    save_packed(slope_run.model, tmp_path / 'model.slope', dict(config=stock_config(config)))
+    assert_same(predict(slope_mm.load_packed(tmp_path / 'model.slope')), expected)
+
+
+def test_a_loaded_detector_compresses_each_weight_once_an_evaluation(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = slope_mm.load_packed(packed)
+    predict(model)
+    calls: list[int] = []
+    compress = base.compress_with_powers
+    monkeypatch.setattr(
+        base, 'compress_with_powers', lambda *a, **k: calls.append(1) or compress(*a, **k)
+    )
+    predict(model)
+    assert not calls
+
+
+@pytest.mark.parametrize('options', [dict(dtype='fp16'), dict(coding='ans')])
+def test_the_hooks_options_are_looked_at_before_training(options: dict[str, Any]) -> None:
+    with pytest.raises(PackedFileError, match='is unknown; choose one of'):
+        HOOKS.build(dict(type='slope_mm.SlopeExportHook', **options))
 
 
 def test_damaged_files_among_checkpoints_are_named(packed: Path, tmp_path: Path) -> None:

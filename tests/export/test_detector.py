@@ -26,6 +26,7 @@ from slope_mm.export.gate import judge_metrics
 from slope_mm.export.images import image_batches
 from slope_mm.export.parts import detector_parts
 from slope_mm.export.runtime import OnnxPart
+from slope_mm.export.skeleton import trace
 from slope_mm.export.writer import export_onnx
 
 
@@ -123,6 +124,48 @@ def test_other_configs_and_detectors_are_refused(
     del mask_rcnn.extra
 
 
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda model: model.update(arch='mmdet.CascadeRCNN'),
+        lambda model: model.roi_head.bbox_head.update(num_classes=7),
+        lambda model: model.data_preprocessor.update(mean=[0.0, 0.0, 0.0]),
+    ],
+    ids=['arch', 'classes', 'pixels'],
+)
+def test_a_config_of_the_same_parts_is_not_taken_for_the_exported_one(
+    change: Callable[[Any], None],
+    mask_rcnn: nn.Module,
+    slope_run: tiny.Run,
+    batches: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    export_onnx(mask_rcnn, tmp_path / 'out', batches)
+    config = copy.deepcopy(slope_run.config)
+    # What is done with predictions may differ.
+    config.model.test_cfg.rcnn.score_thr = 0.3
+    assert onnx_detector(config, tmp_path / 'out').test_cfg.rcnn.score_thr == 0.3
+    change(config.model)
+    with pytest.raises(ExportError, match='is the export of another MaskRCNN than the config'):
+        onnx_detector(config, tmp_path / 'out')
+
+
+class Unheaded(nn.Module):
+    """A head that only predicts and learns, as Cascade RPN's."""
+
+
+@pytest.mark.parametrize('head', [None, Unheaded()])
+def test_a_detector_without_a_dense_head_is_refused(
+    head: nn.Module | None, mask_rcnn: nn.Module, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    other = copy.deepcopy(mask_rcnn)
+    del other.rpn_head
+    if head is not None:
+        other.rpn_head = head
+    with pytest.raises(ExportError, match='has no rpn_head.*write a packed file'):
+        export_onnx(other, tmp_path / 'out', batches)
+
+
 def test_damage_is_found(
     mask_rcnn: nn.Module, slope_run: tiny.Run, batches: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -137,6 +180,12 @@ def test_damage_is_found(
     with pytest.raises(ExportError, match=r"dense\.onnx' is missing"):
         read_index(folder)
     index = json.loads((folder / INDEX).read_text())
+    for name, sums in (('../dense.onnx', None), ('dense.onnx', {})):
+        part = {**index['parts'][0], 'portable': name}
+        part['sha256'] = part['sha256'] if sums is None else sums
+        (folder / INDEX).write_text(json.dumps({**index, 'parts': [part]}))
+        with pytest.raises(ExportError, match='which is no file of an export'):
+            read_index(folder)
     (folder / INDEX).write_text(json.dumps({**index, 'version': 99}))
     with pytest.raises(ExportError, match='is of version 99'):
         read_index(folder)
@@ -210,6 +259,20 @@ def test_metrics_further_apart_than_a_thousandth_are_refused(
     judge_metrics({'coco/bbox_mAP': 0.5}, {'coco/bbox_mAP': 0.501})
 
 
+@pytest.mark.parametrize('metrics', [{}, {'data_time': 0.1}, {'coco/AR@100': 0.5}])
+def test_an_evaluation_that_gives_nothing_to_compare_is_refused(metrics: dict[str, float]) -> None:
+    with pytest.raises(ExportError, match='gives no mAP to compare'):
+        judge_metrics(metrics, metrics)
+
+
+def test_lvis_has_another_name_for_it() -> None:
+    with pytest.raises(ExportError, match=r'lvis/bbox_AP 0\.1000, the checkpoint 0\.4000'):
+        judge_metrics({'lvis/bbox_AP': 0.4}, {'lvis/bbox_AP': 0.1})
+    # An export that detects nothing has no metrics at all.
+    with pytest.raises(ExportError, match=r'coco/bbox_mAP 0\.0000, the checkpoint 0\.4000'):
+        judge_metrics({'coco/bbox_mAP': 0.4}, {})
+
+
 def test_an_export_replaces_an_earlier_one_and_nothing_else(
     mask_rcnn: nn.Module, batches: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -218,9 +281,29 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(
     with pytest.raises(ExportError, match='exists and is no earlier export'):
         export_onnx(mask_rcnn, tmp_path / 'mine', batches)
     assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'important'
-    for _ in range(2):
+    (tmp_path / 'link').symlink_to('out')
+    (tmp_path / 'out').mkdir()
+    for name in ('out', 'link'):
+        export_onnx(mask_rcnn, tmp_path / name, batches)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['link', 'mine', 'out']
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'out' / INDEX).is_file()
+    # Results that were written beside an export are not its own.
+    (tmp_path / 'out' / 'results.pkl').write_bytes(b'hours')
+    with pytest.raises(ExportError, match=r"holds 'results\.pkl' beside an earlier export"):
         export_onnx(mask_rcnn, tmp_path / 'out', batches)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['mine', 'out']
+    assert (tmp_path / 'out' / 'results.pkl').read_bytes() == b'hours'
+
+
+def test_the_folder_one_works_in_is_not_replaced(
+    mask_rcnn: nn.Module,
+    batches: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match='is the folder you are in'):
+        export_onnx(mask_rcnn, '.', batches)
+    assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(f'.{tmp_path.name}.*'))
 
 
 def test_uncalibrated_inputs_are_refused(
@@ -243,3 +326,22 @@ def test_the_gate_tolerates_what_pytorch_itself_is_unsure_of(
     assert report.passes and report.tolerance == gate.QUANTIZED_TOLERANCE
     assert {la.name for la in report.layers} <= set(slope_mm.compressed_layers(mask_rcnn))
     assert all(la.codes == la.weights == 0 and la.inputs > 0 for la in report.layers)
+
+
+class FixedSize(nn.Module):
+    """A part with a number in it that the trace takes from its example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height = int(x.shape[2])
+        return x[:, :, : height // 2] * height
+
+
+@pytest.mark.parametrize('size', [64, 128])
+def test_a_size_that_the_trace_fixed_is_found_at_any_size(size: int) -> None:
+    part = FixedSize()
+    example = torch.randn(1, 3, size, size)
+    graph = trace(part, example, 'images', ['y'], {0: 'batch', 2: 'height', 3: 'width'})
+    report = gate.check_part('dense', graph, graph, [], part, part, [example], size_step=32)
+    assert not report.passes and report.layers_pass
+    with pytest.raises(ExportError, match=f'for an input of 2x3x{size + 32}x{size + 64}'):
+        gate.refuse([report])

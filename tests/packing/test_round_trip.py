@@ -20,6 +20,7 @@ from slope_mm import PackedFileError
 from slope_mm.analysis.size import order0_bits
 from slope_mm.ops import NMPattern, compress_weight, weight_codes
 from slope_mm.packing import PackedFile, load_packed, packed_state_dict, read_packed, save_packed
+from slope_mm.packing.plainconfig import from_plain
 
 RECIPES: dict[str, dict[str, Any]] = {
     '2:4 W4': W4,
@@ -227,6 +228,21 @@ def test_steps_that_float16_cannot_hold_stay_as_they_are(file: Path) -> None:
     save_packed(model, file, dtype='float16')
     layers = read_packed(file).header['layers']
     assert 'step_dtype' not in layers['fc'] and layers['conv']['step_dtype'] == 'F16'
+
+
+def test_values_that_half_a_float_would_make_zero_stay_as_they_are(file: Path) -> None:
+    model = trained(W4)
+    with torch.no_grad():
+        model.norm.weight[0] = 1e-9
+    save_packed(model, file, dtype='float16')
+    found = read_packed(file)['norm.weight']
+    assert found.dtype == np.float32 and found[0] == np.float32(1e-9)
+
+
+def test_keys_that_are_no_texts_come_back(file: Path) -> None:
+    meta = dict(notes={1: 'one', '1': 'a text', (2, 3): [4], 'inner': {5: {6.5: None}}})
+    save_packed(trained(W4), file, meta)
+    assert from_plain(read_packed(file).header['notes']) == meta['notes']
 
 
 def test_bfloat16_models(file: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,30 @@ def test_mistakes_end_in_one_line(kind: str, weight_run: tiny.Run, tmp_path: Pat
         assert code == 2 and errors.startswith('error: ') and errors.count('\n') == 1
         assert part in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('kind', ['packed', 'stock'])
+def test_what_is_no_export_of_the_kind_is_never_written_over(
+    kind: str, weight_run: tiny.Run, exported: Path, tmp_path: Path
+) -> None:
+    mine, own = tmp_path / 'mine.pth', tmp_path / 'own'
+    shutil.copy(weight_run.checkpoint, mine)
+    # An earlier export is.
+    earlier = exported / ('model.slope' if kind == 'packed' else 'stock.pth')
+    shutil.copy(earlier, own)
+    code, _, errors = call('export', kind, weight_run.file, mine, own)
+    assert code == 0, errors
+    other = exported / ('stock.pth' if kind == 'packed' else 'model.slope')
+    shutil.copy(other, own)
+    for checkpoint, out, words in (
+        (mine, mine, 'is the checkpoint itself'),
+        (exported / 'model.slope', mine, 'exists and is not'),
+        (mine, own, 'exists and is not'),
+    ):
+        before = out.read_bytes()
+        code, _, errors = call('export', kind, weight_run.file, checkpoint, out)
+        assert code == 2 and words in errors and errors.count('\n') == 1
+        assert out.read_bytes() == before
 
 
 def test_a_packed_file_cannot_be_resumed_but_started_from(

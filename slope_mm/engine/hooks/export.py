@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS
 
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.packed import stock_config
-from slope_mm.packing.writer import SMALLEST, save_packed
+from slope_mm.packing.writer import SMALLEST, check_options, save_packed
 
 
 @HOOKS.register_module()
@@ -37,6 +37,7 @@ class SlopeExportHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self, coding: str = SMALLEST, dtype: str | None = None) -> None:
+        check_options(coding, dtype)
         self.coding, self.dtype = coding, dtype
         self._saved: dict[str, Any] | None = None
         self._seen: dict[str, Any] = {}
