@@ -15,6 +15,7 @@ import torch
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
+from slope_mm.errors import ConfigError
 from slope_mm.studies.command import Options, run_study
 from slope_mm.studies.processes import LAUNCHERS, ROOT
 
@@ -53,6 +54,9 @@ def interrupt(*_: object) -> None:
 
 def main() -> None:
     args = parse_args()
+    for name in ('jobs', 'processes', 'threads'):
+        if getattr(args, name) < 1:
+            raise ConfigError(f'--{name} {getattr(args, name)} is no number >= 1')
     given = {name: getattr(args, name) for name in ('study', 'work_dir', 'out')}
     absolute = {name: path and Path(path).absolute() for name, path in given.items()}
     # Configs and data are named relative to the clone.

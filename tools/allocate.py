@@ -11,6 +11,7 @@ from slope_mm.allocation.command import Request, run
 from slope_mm.allocation.quantities import parse_operations, parse_size
 from slope_mm.allocation.sensitivity import MEASURES
 from slope_mm.engine import launch
+from slope_mm.engine.data_files import check_data
 from slope_mm.errors import ConfigError
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         raise ConfigError(f'--batches {args.batches} is not a number of batches >= 1')
     config = launch.read_config(args.config)
     if args.measure == 'output':
-        launch.check_data(config.get('train_dataloader'), 'train_dataloader')
+        check_data(config.get('train_dataloader'), 'train_dataloader')
     request = Request(
         args.config,
         args.checkpoint,

@@ -9,6 +9,7 @@ from mmengine.config import DictAction
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
+from slope_mm.engine.data_files import check_data
 from slope_mm.engine.stock import evaluate
 from slope_mm.errors import ConfigError
 from slope_mm.oneshot.command import compress, save_start, table
@@ -54,9 +55,9 @@ def main() -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f'--{name} {getattr(args, name)} is less than 1')
     config = launch.read_config(args.config, args.cfg_options)
-    launch.check_data(config.get('train_dataloader'), 'train_dataloader')
+    check_data(config.get('train_dataloader'), 'train_dataloader')
     if args.evaluate:
-        launch.check_data(config.get('test_dataloader'), 'test_dataloader')
+        check_data(config.get('test_dataloader'), 'test_dataloader')
     model, meta, results = compress(
         config,
         args.checkpoint,

@@ -13,6 +13,7 @@ from torch import nn
 import slope_mm
 from slope_mm.analysis.size import order0_bits
 from slope_mm.engine import launch
+from slope_mm.engine.data_files import check_data
 from slope_mm.engine.packed import stock_config
 from slope_mm.engine.stock import evaluate, is_baked, quantized_inputs, save_stock
 from slope_mm.errors import ExportError, SlopeError
@@ -188,7 +189,7 @@ def main() -> None:
     check_out(args)
     config = launch.read_config(args.config, args.cfg_options)
     if getattr(args, 'evaluate', False):
-        launch.check_data(config.get('test_dataloader'), 'test_dataloader')
+        check_data(config.get('test_dataloader'), 'test_dataloader')
     model = launch.build_model(config)
     meta = launch.load_weights(model, args.checkpoint)
     if getattr(args, 'fold_bn', False):

@@ -18,6 +18,7 @@ import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint l
 from slope_mm.analysis.levels import LevelStep, level_steps, own_steps
 from slope_mm.engine import launch
 from slope_mm.engine.calibration_images import calibration_batches, run_losses
+from slope_mm.engine.data_files import check_data
 from slope_mm.errors import ConfigError
 from slope_mm.oneshot.command import compress
 
@@ -67,8 +68,8 @@ def metrics(config: Config, model: nn.Module, steps: list[LevelStep]) -> dict[st
 def main() -> None:
     args = parse_args()
     config = launch.read_config(args.config, args.cfg_options)
-    launch.check_data(config.get('train_dataloader'), 'train_dataloader')
-    launch.check_data(config.get('test_dataloader'), 'test_dataloader')
+    check_data(config.get('train_dataloader'), 'train_dataloader')
+    check_data(config.get('test_dataloader'), 'test_dataloader')
     model, _, _ = compress(config, args.checkpoint, batches=args.batches)
     batches = calibration_batches(config, args.batches)
     steps = level_steps(model, [lambda: run_losses(model, batches)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.utils import get_installed_path
 
 import slope_mm  # noqa: F401 - registers the plug-ins
@@ -37,14 +37,56 @@ def parse_args() -> argparse.Namespace:
 def installed_config(name: str) -> str:
     """The path of ``package::folder/name.py``."""
     package, relative = name.split('::', 1)
-    return str(Path(get_installed_path(package)) / '.mim' / 'configs' / relative)
+    try:
+        return str(Path(get_installed_path(package)) / '.mim' / 'configs' / relative)
+    except Exception as error:  # its errors have no common base but this one
+        raise ConfigError(
+            f"'{name}' is of the package '{package}', which is not installed; install it, or give"
+            ' the path of a config file'
+        ) from error
+
+
+def check_out(out: Path, path: str, force: bool) -> None:
+    """Refuses what cannot be the config to write.
+
+    Raises:
+        ConfigError: If it is there already, is the config to read, or is no Python file.
+    """
+    if out.suffix != '.py':
+        raise ConfigError(f"'{out}' does not end in .py, as configs do; choose another name")
+    if out.exists() and Path(path).exists() and out.samefile(path):
+        raise ConfigError(f"'{out}' is the config that it would inherit from; choose another name")
+    if out.exists() and not force:
+        raise ConfigError(f"'{out}' is there already; choose another name or add --force")
+
+
+def write_config(out: Path, text: str) -> None:
+    """Writes a config once it can be read.
+
+    Raises:
+        ConfigError: If it cannot be read or written; what was there before is as it was.
+    """
+    draft = out.with_name(f'{out.stem}_draft_{os.getpid()}.py')
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text)
+        try:
+            # Read back: what was written has to inherit.
+            launch.read_config(str(draft))
+            draft.replace(out)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"'{out}' cannot be written ({error.strerror}); choose another place"
+        ) from None
 
 
 def main() -> None:
     args = parse_args()
-    if args.out is not None and args.out.exists() and not args.force:
-        raise ConfigError(f"'{args.out}' is there already; choose another name or add --force")
     path = installed_config(args.config) if '::' in args.config else args.config
+    if args.out is not None:
+        check_out(args.out, path, args.force)
     config = launch.read_config(path)
     if args.load_from is not None:
         refuse_compressed(args.load_from)
@@ -55,10 +97,7 @@ def main() -> None:
     print(plan)
     if args.out is not None:
         text = child_config(args.config, config, recipe, args.out)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-        # Read back: what was written has to inherit.
-        Config.fromfile(str(args.out))
+        write_config(args.out, text)
         print(f'\nWrote {args.out}: python tools/train.py {args.out}')
         if not config.get('load_from'):
             print('First set load_from in it: the trained detector to compress')

@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 
 from slope_mm.convert import bake
 from slope_mm.engine import launch
+from slope_mm.engine.data_files import check_data
 from slope_mm.engine.launchers import use_launcher
 from slope_mm.engine.stock import is_baked, use_stock_model
 from slope_mm.engine.tta import check_tta, use_tta
@@ -63,10 +64,31 @@ def use_export(config: Config, folder: str) -> None:
     """The detector that an export runs, built once before anything is written."""
     require_runtime()
     use_onnx_model(config, folder)
-    launch.check_data(config.get('test_dataloader'), 'test_dataloader')
+    check_data(config.get('test_dataloader'), 'test_dataloader')
     launch.build_model(config)
     launch.check_work_dir(config.work_dir)
     config.load_from = None
+
+
+def check_outputs(config: Config, args: argparse.Namespace) -> None:
+    """Refuses flags whose outputs this config would never give.
+
+    Raises:
+        ConfigError: Names the flag.
+    """
+    evaluator = config.get('test_evaluator')
+    if args.out is not None and isinstance(evaluator, dict) and 'dataset_prefixes' in evaluator:
+        raise ConfigError(
+            '--out: an evaluator of several data sets gives each metric its own part of the'
+            ' predictions, and none all of them; evaluate one data set at a time'
+        )
+    if (args.show or args.show_dir) and not (config.get('default_hooks') or {}).get(
+        'visualization'
+    ):
+        raise ConfigError(
+            '--show and --show-dir need'
+            " default_hooks=dict(visualization=dict(type='DetVisualizationHook')) in the config"
+        )
 
 
 def main() -> None:
@@ -74,9 +96,12 @@ def main() -> None:
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f"--out '{args.out}' has to end in .pkl or .pickle")
     setup_cache_size_limit_of_dynamo()
+    if args.out is not None:
+        launch.check_folder(os.path.dirname(args.out) or '.', 'folder of --out', '--out')
     config = launch.read_config(args.config, args.cfg_options)
     use_launcher(config, args.launcher)
     launch.set_work_dir(config, args.config, args.work_dir)
+    check_outputs(config, args)
     if args.tta:
         check_tta(config)
     config.load_from, config.resume = args.checkpoint, False

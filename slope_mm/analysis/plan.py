@@ -29,7 +29,7 @@ def config_report(
         ConfigError: If there is no model, or no recipe.
         RecipeError: If the recipe does not fit.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     model = config.get('model')
     if not isinstance(model, Mapping) or 'type' not in model:
         raise ConfigError("the config has no model with a 'type'; inherit from a detector's config")
@@ -86,20 +86,25 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
     Raises:
         ConfigError: If the config has a SlopeModel already.
     """
-    if not isinstance(config.model.type, str):
+    lazy = Path(stock_path).is_file() and Config._is_lazy_import(stock_path)
+    if lazy or not isinstance(config.model.type, str):
         raise ConfigError(
             f"'{stock_path}' names classes (mmengine's lazy style), from which no config with"
             ' strings can inherit; write type=SlopeModel, arch=…, recipe=… into a copy of it'
         )
     if 'recipe' in config.model or str(config.model.type).endswith('SlopeModel'):
         raise ConfigError(f"'{stock_path}' has a SlopeModel already; give a stock config")
+    frozen = unfrozen_stages(config.model)
     unfrozen = ''
-    if config.model.get('backbone', {}).get('frozen_stages', -1) >= 0:
+    if frozen:
         unfrozen = '    # A frozen stage would keep the compressed weights that it starts with.\n'
-        unfrozen += '    backbone=dict(frozen_stages=-1),\n'
+        unfrozen += ''.join(f'    {key}={literal(value)},\n' for key, value in frozen.items())
     hooks = [dict(hook) for hook in config.get('custom_hooks') or []]
     for hook in hooks:
         hook.pop('_scope_', None)
+        if str(hook['type']).rpartition('.')[2] == 'MeanTeacherHook':
+            # It pairs the parameters of student and teacher by their order.
+            hook['type'] = 'slope_mm.SlopeMeanTeacherHook'
     hooks += [
         dict(type='slope_mm.EpochSeedHook'),
         dict(type='slope_mm.SlopeCalibrationHook'),
@@ -132,15 +137,31 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
     return ''.join(lines)
 
 
+def unfrozen_stages(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model section overrides so that no stage of a backbone is frozen, however deep."""
+    found: dict[str, Any] = {}
+    for key, part in model.items():
+        if isinstance(part, Mapping):
+            inner = unfrozen_stages(part)
+            stages = part.get('frozen_stages')
+            if isinstance(stages, int) and stages >= 0:
+                inner['frozen_stages'] = -1
+            if inner:
+                found[key] = inner
+    return found
+
+
 def base_path(stock_path: str, out: Path) -> str:
     """What a config that lies at ``out`` writes into ``_base_`` to inherit from another one."""
     if '::' in stock_path:
         return stock_path
-    for parent in Path(stock_path).resolve().parents:
+    # A link's own bases lie beside the link.
+    given = Path(os.path.abspath(stock_path))
+    for parent in given.resolve().parents:
         if parent.name == 'configs' and parent.parent.name == '.mim':
             package = parent.parent.parent.name
-            return f'{package}::{Path(stock_path).resolve().relative_to(parent).as_posix()}'
-    return Path(os.path.relpath(Path(stock_path).resolve(), out.resolve().parent)).as_posix()
+            return f'{package}::{given.resolve().relative_to(parent).as_posix()}'
+    return Path(os.path.relpath(given, out.resolve().parent)).as_posix()
 
 
 def literal(value: Any) -> str:

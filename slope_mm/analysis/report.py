@@ -267,7 +267,8 @@ def _row(
     spec, reason = _told(weight, planned)
     metrics = None if weight.layer is None else layer_metrics(weight.name, weight.layer)
     axis, inputs = (0, 1) if weight.kind is None else (weight.kind.output_axis, weight.kind.inputs)
-    matrix = tensors[weight.parameter]
+    # A hook may compute the weight (spectral norm and its kin): then none of the tensors is it.
+    matrix = tensors.get(weight.parameter, weight.weight)
     fresh = {key: tensor for key, tensor in tensors.items() if id(tensor) not in counted}
     if spec is None or (id(matrix) in counted and counted[id(matrix)] == spec):
         stored = StoredBits(other=sum(map(tensor_bits, fresh.values())))

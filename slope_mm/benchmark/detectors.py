@@ -137,7 +137,7 @@ class TrainingStep:
     """One whole step: preprocessing, forward, backward, update."""
 
     def __init__(self, model: BaseModel, config: Config, batch: dict[str, Any]) -> None:
-        with DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmdet')):
+        with DefaultScope.overwrite_default_scope(config.get('default_scope') or 'mmdet'):
             self._wrapper = build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper))
         # Its learning rate times noise would drive a random model apart; the work is the same.
         for group in self._wrapper.optimizer.param_groups:

@@ -30,7 +30,7 @@ def calibration_batches(config: Config, batches: int) -> list[Any]:
     Raises:
         DataError: If the training data cannot be indexed.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

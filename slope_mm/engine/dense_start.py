@@ -30,7 +30,7 @@ def load_dense(config: Config, checkpoint: str) -> tuple[nn.Module, dict[str, An
         ConfigError: If the config has no recipe.
         CheckpointError: If the checkpoint is missing, compressed already, or another model's.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     if 'recipe' not in config.get('model', {}):
         raise ConfigError(
             'the config has no recipe: this is a stock config; make a compressed one with'

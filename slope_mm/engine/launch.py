@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import nn
 
 from slope_mm.convert import compressed_layers
 from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.data_files import check_annotations, check_data
 from slope_mm.engine.fit import check_fit
 from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
@@ -36,7 +37,10 @@ from slope_mm.engine.optim_constructor import SlopeOptimWrapperConstructor
 from slope_mm.engine.packed import model_section
 from slope_mm.engine.refusals import check_ways
 from slope_mm.engine.storage import latest_checkpoint
-from slope_mm.errors import CheckpointError, ConfigError, DataError, SlopeError
+from slope_mm.errors import CheckpointError, ConfigError, SlopeError
+
+#: What mmengine reads.
+CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -53,10 +57,16 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Reads a config file and merges ``--cfg-options`` into it.
 
     Raises:
-        ConfigError: If the file is missing or one of its bases is.
+        ConfigError: If the file or one of its bases is missing or cannot be read, or an option does
+            not fit into it.
     """
     if not Path(path).is_file():
         raise ConfigError(f"there is no config '{path}'; give the path of a config file")
+    if Path(path).suffix not in CONFIG_SUFFIXES:
+        raise ConfigError(
+            f"'{path}' is no config: its name ends in none of {', '.join(CONFIG_SUFFIXES)}; the"
+            ' config comes first'
+        )
     try:
         with warnings.catch_warnings():
             # mmengine's, for every mmdet:: base.
@@ -71,8 +81,19 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
             f"config '{path}' needs a package that cannot be imported:"
             f' {str(error).splitlines()[0]}; install it'
         ) from None
-    if options:
-        config.merge_from_dict(dict(options))
+    except SyntaxError as error:
+        raise ConfigError(
+            f"config '{path}' (or a base of it) cannot be read: {error.msg} in line {error.lineno};"
+            ' mend it'
+        ) from None
+    try:
+        config.merge_from_dict(dict(options or {}))
+    except (LookupError, TypeError, AttributeError, AssertionError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--cfg-options {' '.join(options or {})}: an option does not fit into '{path}'"
+            f' ({reason}); look at the config with its bases'
+        ) from None
     return config
 
 
@@ -150,6 +171,7 @@ def check_before_training(config: Config) -> None:
     """
     for loader in ('train_dataloader', 'val_dataloader'):
         check_data(config.get(loader), loader)
+    check_annotations(config.get('val_evaluator'), 'val_evaluator')
     model = build_model(config)
     check_ways(config, model)
     if compressed_layers(model):
@@ -187,6 +209,7 @@ def check_before_testing(config: Config, checkpoint: str) -> None:
         SlopeError: As :func:`check_before_training`.
     """
     check_data(config.get('test_dataloader'), 'test_dataloader')
+    check_annotations(config.get('test_evaluator'), 'test_evaluator')
     check_checkpoint(build_model(config), checkpoint, complete=True)
     check_work_dir(config.work_dir)
 
@@ -197,7 +220,7 @@ def build_model(config: Config) -> nn.Module:
     Raises:
         SlopeError: If the model section or its recipe is invalid.
     """
-    scope = config.get('default_scope', 'mmdet')
+    scope = config.get('default_scope') or 'mmdet'
     check_scope(scope)
     init_default_scope(scope)
     if 'type' not in config.get('model', {}):
@@ -253,53 +276,29 @@ def check_work_dir(path: str) -> None:
     Raises:
         ConfigError: If that is impossible.
     """
+    check_folder(path, 'work directory', '--work-dir')
+
+
+def check_folder(path: str, what: str, flag: str) -> None:
+    """Makes a folder and tries to write into it.
+
+    Args:
+        path: The folder.
+        what: What messages call it.
+        flag: The command line's name for it.
+
+    Raises:
+        ConfigError: If that is impossible.
+    """
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise ConfigError(
-            f"the work directory '{path}' cannot be written ({error.strerror}); choose another one"
-            ' with --work-dir'
+            f"the {what} '{path}' cannot be written ({error.strerror}); choose another one"
+            f' with {flag}'
         ) from None
-
-
-def check_data(loader: Mapping[str, Any] | None, name: str) -> None:
-    """Looks whether the annotation files and image folders of a dataloader exist.
-
-    Raises:
-        DataError: Names what is missing and where it was looked for.
-    """
-    for dataset in _datasets((loader or {}).get('dataset')):
-        root = str(dataset.get('data_root') or '')
-        prefix = dataset.get('data_prefix') or {}
-        # mmpretrain writes one prefix as a string.
-        prefixes = prefix.values() if isinstance(prefix, Mapping) else (prefix,)
-        wanted = [dataset.get('ann_file'), *prefixes]
-        for part in wanted:
-            if not isinstance(part, str) or '://' in root + part:
-                continue
-            path = Path(root) / part
-            if not path.exists():
-                advice = (
-                    f'make it with: python tools/make_shapes.py {root.rstrip("/")}'
-                    if 'shapes' in root
-                    else f'put the data there, or set {name}.dataset.data_root'
-                )
-                raise DataError(f"{name}: there is no '{path}'; {advice}")
-
-
-def _datasets(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The innermost data sets of a config, through wrappers and concatenations."""
-    if isinstance(config, Mapping):
-        nested = [config[key] for key in ('dataset', 'datasets') if key in config]
-        if not nested:
-            yield config
-        for part in nested:
-            yield from _datasets(part)
-    elif isinstance(config, (list, tuple)):
-        for part in config:
-            yield from _datasets(part)
 
 
 def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:

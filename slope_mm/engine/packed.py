@@ -139,7 +139,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         )
     # All of it: the pipeline of its test set is built when an image is given to the model.
     _check_types(config, os.fspath(path))
-    init_default_scope(str(config.get('default_scope', 'mmdet')))
+    init_default_scope(str(config.get('default_scope') or 'mmdet'))
     try:
         # Stock detectors write into the config that they are built from.
         built = MODELS.build(Config(copy.deepcopy(config)).model)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from slope_mm.engine.data_files import datasets_of
 from slope_mm.errors import ConfigError
 
 DEFAULT_MODEL = 'DetTTAModel'
@@ -18,6 +21,7 @@ def check_tta(config: Config) -> None:
         ConfigError: For a model that predicts masks.
     """
     kind = config.get('tta_model', {}).get('type', DEFAULT_MODEL)
+    kind = kind if isinstance(kind, str) else kind.__name__
     heads = (config.model, config.model.get('roi_head') or {})
     masks = any(part.get('mask_head') for part in heads) or _scores_masks(config)
     if str(kind).endswith(DEFAULT_MODEL) and masks:
@@ -46,17 +50,23 @@ def use_tta(config: Config) -> None:
             type=DEFAULT_MODEL,
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         )
-    dataset = config.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    datasets = list(datasets_of(config.test_dataloader.dataset))
     if 'tta_pipeline' not in config:
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
         pack = dict(type='PackDetInputs', meta_keys=(*keys, 'flip', 'flip_direction'))
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-        pipeline = deepcopy(dataset.pipeline)
+        pipeline = deepcopy(datasets[0]['pipeline'])
         # Annotations are loaded for the metric, which has its own; flipping them would fail.
-        pipeline = [step for step in pipeline if step['type'] != 'LoadAnnotations']
+        pipeline = [step for step in pipeline if _kind(step) != 'LoadAnnotations']
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [pack]])
         config.tta_pipeline = pipeline
     config.model = ConfigDict(**config.tta_model, module=config.model)
-    dataset.pipeline = config.tta_pipeline
+    for dataset in datasets:
+        dataset['pipeline'] = config.tta_pipeline  # type: ignore[index]
+
+
+def _kind(step: Mapping[str, Any]) -> str:
+    """A transform's name without its scope; lazy configs name classes."""
+    kind = step['type']
+    name: str = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition('.')[2]

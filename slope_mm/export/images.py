@@ -12,7 +12,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from slope_mm.engine.launch import check_data
+from slope_mm.engine.data_files import check_data
 from slope_mm.errors import DataError
 
 
@@ -27,7 +27,7 @@ def image_batches(config: Config, count: int, images: Sequence[str] = ()) -> lis
     Raises:
         DataError: If the test set or an image is missing, or cannot be used.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     if config.get('test_dataloader') is None:
         raise DataError(
             "the config has no 'test_dataloader', whose pipeline prepares images; inherit from one"

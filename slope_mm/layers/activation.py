@@ -25,21 +25,25 @@ MAX_SAMPLES = 16384
 UNCALIBRATED, UNSIGNED, SIGNED = -1, 0, 1
 
 
-def quantize_activation(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+def quantize_activation(
+    x: Tensor, step: Tensor, codes: Codes, batch_axis: int | None = 0
+) -> Tensor:
     """Quantizes a layer's input per tensor.
 
     The step's gradient is scaled by the number of features of one sample, since losses are means
     over the batch.
 
     Args:
-        x: Input, batch first.
+        x: Input.
         step: Learned step of shape [1].
         codes: From :func:`~slope_mm.ops.activation_codes`.
+        batch_axis: The axis that samples lie along; None for a single one without that axis.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
     """
-    features = x.numel() / max(x.shape[0], 1)
+    samples = 1 if batch_axis is None else max(x.shape[batch_axis], 1)
+    features = x.numel() / samples
     quantized: Tensor = QuantizeLSQ.apply(x, step, codes, grad_scale(features, codes))
     return quantized
 
@@ -198,6 +202,7 @@ class QuantizedInput(nn.Module):
 
     Class attributes:
         inputs: Number of inputs.
+        batch_axis: The inputs' axis that samples lie along; an attention sets its projections'.
 
     State (:class:`~slope_mm.layers.CompressedLayer` sets it up): ``slope_act_step`` and
     ``slope_act_signed``, one element an input, and ``_act_states``, the latter's mirror, so that a
@@ -205,6 +210,7 @@ class QuantizedInput(nn.Module):
     """
 
     inputs = 1
+    batch_axis: int | None = 0
 
     slope_spec: LayerSpec
     slope_act_step: nn.Parameter | None
@@ -317,4 +323,4 @@ class QuantizedInput(nn.Module):
         if self.inputs > 1:
             # A copy: calibrating the next input writes to the parameter before the backward pass.
             step = step[which : which + 1].clone()
-        return quantize_activation(x, step, codes)
+        return quantize_activation(x, step, codes, self.batch_axis)

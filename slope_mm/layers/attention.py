@@ -26,6 +26,7 @@ class CompressedAttention(Composite):
     """
 
     out_proj: Any
+    batch_first: bool
 
     @staticmethod
     def bare_weights(module: nn.Module) -> dict[str, BareWeight]:
@@ -42,6 +43,9 @@ class CompressedAttention(Composite):
     ) -> tuple[Tensor, Tensor | None]:
         places: list[Place] = []
         inputs = [query, key, value]
+        for layer in (*self.used_layers(), self.out_proj):
+            if isinstance(layer, CompressedLayer):
+                layer.batch_axis = self._batch_axis(query)
         for which, name in enumerate(('q_proj', 'k_proj', 'v_proj')):
             layer = self._modules.get(name)
             if isinstance(layer, CompressedLayer):
@@ -87,6 +91,11 @@ class CompressedAttention(Composite):
             for which, one in enumerate(single)
         ]
         AttentionFakeQuantize(inputs, FakeQuantizer.of(self.out_proj)).register(self)
+
+    def _batch_axis(self, query: Tensor) -> int | None:
+        if query.dim() < 3:
+            return None
+        return 0 if self.batch_first else 1
 
     @property
     def _projects_after(self) -> bool:

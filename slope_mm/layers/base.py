@@ -52,6 +52,7 @@ _OWN_ATTRIBUTES = (
     '_observers',
     'runs',
     'loss_factor',
+    'batch_axis',
 )
 
 

@@ -50,7 +50,8 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], output_axis: int, input_axis
     """The inverse of :func:`as_rows`, contiguous."""
     if len(shape) < 2 or (output_axis, input_axis) == (0, 1):
         return rows.view(shape)
-    rest = [size for i, size in enumerate(shape) if i not in (output_axis, input_axis)]
+    # Not `i not in (…)`: torch.compile, for which axes may be symbols, finds none of them there.
+    rest = [size for i, size in enumerate(shape) if i != output_axis and i != input_axis]
     moved = rows.view(shape[output_axis], shape[input_axis], *rest)
     return moved.movedim((0, 1), (output_axis, input_axis)).contiguous()
 

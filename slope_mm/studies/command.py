@@ -17,7 +17,7 @@ from slope_mm.errors import ConfigError, nearest
 from slope_mm.studies.figures import draw_figures
 from slope_mm.studies.processes import ROOT, Launcher
 from slope_mm.studies.progress import ProgressLine
-from slope_mm.studies.results import RESULTS, Results, read_results, write_text
+from slope_mm.studies.results import RESULTS, Results, copy_of, read_results, write_text
 from slope_mm.studies.runner import Runner, locked
 from slope_mm.studies.study import Study
 from slope_mm.studies.study_file import matching, read_study
@@ -63,6 +63,11 @@ def run_study(options: Options) -> bool:
     out = options.out or work_dir / study.name
     line = ProgressLine()
     if options.report_only:
+        for name in ('arms', 'tasks', 'seeds'):
+            if getattr(options, name):
+                raise ConfigError(
+                    f'--{name}: --report-only draws all of results.json; leave one of them out'
+                )
         draw(study, read_results(out, study), out, line)
         return True
     with quiet():
@@ -87,10 +92,13 @@ def _run(study: Study, options: Options, work_dir: Path, out: Path, line: Progre
     def save(so_far: Results) -> None:
         so_far.write(out)
 
-    with locked(work_dir / study.name, wait_for_it=False):
+    with locked(work_dir / study.name):
         # Rows of trials that are not chosen now stay, where they are this study's.
         runner.run_all(
-            trials if chosen == trials else in_order(trials, chosen, results), results, save
+            trials if chosen == trials else in_order(trials, chosen, results),
+            results,
+            save,
+            lambda: copy_of(out / RESULTS),
         )
         if study.interplay is not None:
             results.interplay = interplay(study, trials)
@@ -132,8 +140,9 @@ def selected(trials: Sequence[Trial], study: Study, options: Options) -> list[Tr
         chosen = [trial for trial in chosen if trial.task.name in options.tasks]
     if options.seeds:
         seeds = sorted({trial.seed for trial in chosen})
-        if not set(options.seeds) & set(seeds):
-            raise ConfigError(f'--seeds: nothing that is chosen has seeds {options.seeds}: {seeds}')
+        unknown = sorted(set(options.seeds) - set(seeds))
+        if unknown:
+            raise ConfigError(f'--seeds: nothing that is chosen has seeds {unknown}: {seeds}')
         chosen = [trial for trial in chosen if trial.seed in options.seeds]
     return chosen
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
 import threading
@@ -30,6 +28,7 @@ from slope_mm.engine.regularization import Regularizer
 from slope_mm.environment import usable_cores
 from slope_mm.errors import SlopeError
 from slope_mm.recipe import Recipe
+from slope_mm.studies.digests import weights_digest
 from slope_mm.studies.processes import ROOT, Launcher
 from slope_mm.studies.study import Arm
 from slope_mm.studies.trials import Trial
@@ -69,6 +68,10 @@ def treatment(arm: Arm | None) -> dict[str, Any]:
     }
 
 
+#: What every evaluation leaves beside its metrics.
+TIMES = {'data_time', 'time'}
+
+
 def metrics_of(folder: Path, wanted: Mapping[str, str]) -> dict[str, float]:
     """The metrics of the newest tools/test.py run below a folder.
 
@@ -80,6 +83,9 @@ def metrics_of(folder: Path, wanted: Mapping[str, str]) -> dict[str, float]:
         raise SlopeError(f"the evaluation left no metrics in '{folder}'")
     found = json.loads(files[-1].read_text().splitlines()[-1])
     missing = [name for name in wanted.values() if name not in found]
+    if len(missing) == len(wanted) and not found.keys() - TIMES:
+        # What COCO's metric leaves where nothing at all was detected.
+        return dict.fromkeys(wanted, 0.0)
     if missing:
         raise SlopeError(f'the evaluation has no {missing[0]!r}; it has {sorted(found)}')
     return {short: float(found[name]) for short, name in wanted.items()}
@@ -148,7 +154,7 @@ def measured(trial: Trial) -> dict[str, Any]:
 @torch.no_grad()
 def _operations(model: nn.Module, config: Config) -> dict[str, float]:
     """GMACs and GBOPs of the first test image."""
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     loader = config.test_dataloader
     dataset = DATASETS.build(loader.dataset)
     collate = Runner.build_dataloader(
@@ -157,31 +163,6 @@ def _operations(model: nn.Module, config: Config) -> dict[str, float]:
     model.eval()
     counted = count_operations(model, lambda: model.test_step(collate([dataset[0]])))  # type: ignore[operator]
     return {'gmacs': counted.macs / 1e9, 'gbops': counted.bops / 1e9}
-
-
-def weights_digest(checkpoint: str | os.PathLike[str]) -> str:
-    """Names the weights in a checkpoint, whatever else is in the file.
-
-    Args:
-        checkpoint: A Runner's checkpoint or a plain state dict.
-
-    Returns:
-        The first 12 hex digits of the SHA-256 of all tensors of the state dict, buffers too: name,
-        dtype, shape and bytes, in the order of their names.
-
-    Raises:
-        SlopeError: If there is no such file or it is no checkpoint.
-    """
-    loaded = load_checkpoint_file(checkpoint)
-    state = loaded.get('state_dict', loaded)
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-            content = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-            digest.update(content.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def start_digest(trial: Trial) -> str | None:

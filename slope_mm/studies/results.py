@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,16 @@ def read_results(folder: Path, study: Study) -> Results:
 def finished_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Rows by the hash of what they depend on."""
     return {str(row['config_hash']): dict(row) for row in results}
+
+
+def copy_of(path: Path) -> Path:
+    """Copies a file to a name beside it that is free: ``results.json.bak``, ``.bak2``, …"""
+    for number in itertools.count(1):
+        place = path.with_name(f'{path.name}.bak{"" if number == 1 else number}')
+        if not place.exists():
+            break
+    write_text(place, path.read_text(encoding='utf-8'))
+    return place
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +69,7 @@ class Runner:
             Interrupted: If the study was stopped.
         """
         launch.check_work_dir(str(trial.folder))
-        with locked(trial.folder) as lock:
+        with locked(trial.folder, self._waiting(trial)) as lock:
             # Starts are shared: another study may have trained it meanwhile.
             done = trial.result()
             if done is not None:
@@ -87,6 +87,19 @@ class Runner:
             row = self._row(trial)
             write_text(trial.folder / RESULT, json.dumps(row, allow_nan=False) + '\n')
             return row
+
+    def _waiting(self, trial: Trial) -> Callable[[], None]:
+        told = False
+
+        def wait_or_stop() -> None:
+            nonlocal told
+            if self.processes.stopped:
+                raise Interrupted
+            if not told:
+                self.line.message(f'{trial.name} waits for another process in {trial.folder}')
+            told = True
+
+        return wait_or_stop
 
     def _train(self, trial: Trial, config: Path, environment: dict[str, str], lock: int) -> None:
         steps, unit = length(trial.config)
@@ -160,7 +173,11 @@ class Runner:
     # --- all of them -------------------------------------------------------------------------
 
     def run_all(
-        self, trials: Sequence[Trial], results: Results, save: Callable[[Results], None]
+        self,
+        trials: Sequence[Trial],
+        results: Results,
+        save: Callable[[Results], None],
+        keep_copy: Callable[[], Path],
     ) -> None:
         """Runs all trials that have no row yet, their starts first.
 
@@ -169,10 +186,16 @@ class Runner:
             results: Rows of finished trials are added here, failures as well. Rows that it brings
                 along count as finished where their hash is the trial's.
             save: Called after every trial.
+            keep_copy: Copies what was saved before, and says where to; called where rows are lost.
 
         Raises:
             KeyboardInterrupt: After all processes were ended and the results saved.
         """
+        before = [*results.rows]
+        away = {item['task'] for item in results.skipped}
+        # Of tasks that cannot run here: they stay.
+        kept = [row for row in results.rows if row['task'] in away]
+        kept_starts = [row for row in results.starts if row['task'] in away]
         known = finished_rows(results.rows)
         estimator = Estimator()
         rows = {
@@ -199,14 +222,24 @@ class Runner:
         collected.update({start.key: row for start, row in start_rows.items()})
 
         def collect() -> None:
-            results.rows[:] = [rows[t] for t in trials if t in rows]
+            results.rows[:] = [*kept, *(rows[t] for t in trials if t in rows)]
             # Once for each task that starts there.
             origins = {(t.task.name, t.start.key): None for t in trials if t.start is not None}
             results.starts[:] = [
-                {**collected[key], 'task': task} for task, key in origins if key in collected
+                *kept_starts,
+                *({**collected[key], 'task': task} for task, key in origins if key in collected),
             ]
             save(results)
 
+        staying = {_identity(row) for row in kept} | {_identity(row) for row in rows.values()}
+        lost = [row for row in before if _identity(row) not in staying]
+        if lost:
+            place = keep_copy()
+            first = ' / '.join((lost[0]['task'], lost[0]['arm'], f'seed {lost[0]["seed"]}'))
+            self.line.message(
+                f'{len(lost)} rows ({first}, …) are of other settings than the study, the ranks or'
+                f' the threads have now, and leave the table; a copy of all is {place}'
+            )
         collect()
         if rows:
             self.line.message(f'{len(rows)} of {len(trials)} trials are done already')
@@ -311,13 +344,18 @@ class Runner:
         self.line.update(f'[{done}/{total}{failed}] ETA {clock(left)} | {each}')
 
 
+def _identity(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    return row['task'], row['arm'], row['seed']
+
+
 @contextmanager
-def locked(folder: Path, *, wait_for_it: bool = True) -> Iterator[int]:
+def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[int]:
     """Keeps other processes out of a folder until this one is done.
 
     Args:
         folder: The folder.
-        wait_for_it: Whether to wait for a process that is in there.
+        waiting: Called now and then while another process is in there, and may raise; None does
+            not wait.
 
     Yields:
         The lock's file descriptor. A child that inherits it holds the lock as long as it lives:
@@ -328,11 +366,16 @@ def locked(folder: Path, *, wait_for_it: bool = True) -> Iterator[int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open('w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait_for_it else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process works in '{folder}'; wait for its end, or choose another"
-                ' --work-dir'
-            ) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waiting is None:
+                    raise ConfigError(
+                        f"another process works in '{folder}'; wait for its end, or choose another"
+                        ' --work-dir'
+                    ) from None
+            waiting()
+            time.sleep(POLL_S)
         yield file.fileno()

@@ -13,10 +13,12 @@ from mmengine.config import Config
 
 from slope_mm.datasets.shapes import ensure_shapes
 from slope_mm.engine import launch
+from slope_mm.engine.data_files import check_data
 from slope_mm.engine.regularization import KEYS as REGULARIZER_KEYS
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError, DataError, SlopeError, nearest
 from slope_mm.recipe import Recipe
+from slope_mm.studies.digests import digest_now
 from slope_mm.studies.study import Arm, Start, Study, Task
 
 START = 'start'
@@ -164,7 +166,7 @@ def missing_data(task: Task) -> str | None:
     config = overridden(launch.read_config(task.config), task.options, f'task {task.name!r}')
     try:
         for loader in ('train_dataloader', 'test_dataloader'):
-            launch.check_data(config.get(loader), loader)
+            check_data(config.get(loader), loader)
     except DataError as error:
         return str(error)
     return None
@@ -257,7 +259,10 @@ def source(start: Start | None, trial: Trial | None, config: Config) -> str:
     """What a trial starts from, as part of its hash."""
     if trial is not None:
         return trial.key
-    return str(config.get('load_from') if start is None else start.checkpoint)
+    given = str(config.get('load_from') if start is None else start.checkpoint)
+    # A file may be replaced by another of its name.
+    there = Path(given).expanduser().is_file()
+    return f'{given} {digest_now(given)}' if there else given
 
 
 def arm_config(task: Task, arm: Arm, seed: int) -> Config:

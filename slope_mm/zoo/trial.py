@@ -164,7 +164,7 @@ def train_step(model: BaseModel, config: Config, side: int) -> tuple[float, set[
         The loss, and the names of all parameters that got a gradient.
     """
     _seed()
-    with DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmdet')):
+    with DefaultScope.overwrite_default_scope(config.get('default_scope') or 'mmdet'):
         wrapper = build_optim_wrapper(model, copy.deepcopy(config.optim_wrapper))
     for group in wrapper.optimizer.param_groups:
         group['lr'] *= LR_FACTOR

@@ -321,3 +321,12 @@ def test_a_checkpoint_of_always_the_same_name_has_its_newest_file(tmp_path: Path
     assert read_packed(tmp_path / 'latest.slope').header['iteration'] == 3
     found = read_packed(tmp_path / 'latest.slope')['first.weight'].copy()
     assert torch.equal(torch.from_numpy(found), slope_mm.bake(run.model).first.weight)
+
+
+def test_a_checkpoints_name_may_have_dots(tmp_path: Path) -> None:
+    hooks = [dict(type='slope_mm.SlopeExportHook')]
+    config = tiny.toy_config(tmp_path, custom_hooks=hooks)
+    config.default_hooks.checkpoint.update(filename_tmpl='toy_v0.{}', interval=1, max_keep_ckpts=-1)
+    tiny.train(config)
+    kept = sorted(path.name for path in tmp_path.glob('toy_v0.*'))
+    assert kept == ['toy_v0.1', 'toy_v0.1.slope', 'toy_v0.2', 'toy_v0.2.slope']

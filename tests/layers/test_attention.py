@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import slope_mm
 from slope_mm import SlopeError
 from slope_mm.analysis.bops import count_operations
+from slope_mm.layers import activation
 from slope_mm.layers.attention import SlopeMultiheadAttention
 from slope_mm.ops import nm_mask
 
@@ -195,6 +197,33 @@ def test_query_key_value_and_output_have_steps_of_their_own() -> None:
     for module in (baked, pickle.loads(pickle.dumps(baked))):
         torch.testing.assert_close(module(query, key=key, value=value)[0], expected)
         assert list(module.state_dict()) == list(nn.MultiheadAttention(E, 1).state_dict())
+
+
+@pytest.mark.parametrize('batch_first', [False, True])
+def test_the_steps_gradient_counts_features_of_a_sample_wherever_samples_lie(
+    batch_first: bool,
+) -> None:
+    images, tokens = 2, 50
+    model = compress(nn.MultiheadAttention(E, 1, batch_first=batch_first), W4A4)
+    shape = (images, tokens, E) if batch_first else (tokens, images, E)
+    x = torch.randn(shape)
+    model(x, x, x)
+    seen = []
+    quantize = activation.QuantizeLSQ.apply
+
+    def noting(x: Tensor, step: Tensor, codes: Any, scale: float) -> Tensor:
+        seen.append((scale, codes))
+        return quantize(x, step, codes, scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activation.QuantizeLSQ, 'apply', noting)
+        model(x, x, x)
+        model(x[0], x[0], x[0])
+    assert len(seen) == 8
+    for number, (scale, codes) in enumerate(seen):
+        # Without a batch all of it is one sample.
+        features = tokens * E if number < 4 else x[0].numel()
+        assert scale == pytest.approx(1 / math.sqrt(features * codes.largest))
 
 
 def test_an_uncalibrated_input_is_told_in_evaluation() -> None:

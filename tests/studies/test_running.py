@@ -226,6 +226,15 @@ def test_metrics_are_the_newest_evaluations(tmp_path: Path) -> None:
         metrics_of(tmp_path, {'top1': 'top1'})
 
 
+def test_nothing_detected_is_a_map_of_zero(tmp_path: Path) -> None:
+    """COCO's metric leaves no figure at all then; a collapsed arm must not drop out of means."""
+    (tmp_path / '20260101_000000').mkdir()
+    file = tmp_path / '20260101_000000' / 'metrics.json'
+    file.write_text(json.dumps({'data_time': 0.1, 'time': 0.2}))
+    wanted = {'box_mAP': 'coco/bbox_mAP', 'mask_mAP': 'coco/segm_mAP'}
+    assert metrics_of(tmp_path, wanted) == {'box_mAP': 0.0, 'mask_mAP': 0.0}
+
+
 def test_the_size_is_the_packed_files_length_as_soon_as_there_is_one(
     slope_run: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,15 +261,25 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
         pytest.raises(ConfigError, match='another process'),
-        locked(tmp_path, wait_for_it=False),
+        locked(tmp_path),
     ):
         pass
-    with locked(tmp_path, wait_for_it=False) as lock:
+    with locked(tmp_path) as lock:
         # A training that outlives the study keeps the folder.
         child = subprocess.Popen(['sleep', '60'], pass_fds=[lock])
-    with pytest.raises(ConfigError), locked(tmp_path, wait_for_it=False):
+    with pytest.raises(ConfigError), locked(tmp_path):
         pass
+    # Who waits can be stopped.
+    asked = []
+
+    def stop() -> None:
+        asked.append(1)
+        raise Interrupted
+
+    with pytest.raises(Interrupted), locked(tmp_path, stop):
+        pass
+    assert asked
     child.kill()
     child.wait()
-    with locked(tmp_path, wait_for_it=False):
+    with locked(tmp_path):
         pass

@@ -13,9 +13,10 @@ from mmengine.config import Config
 from synthetic import synthetic_results
 
 from slope_mm.errors import SlopeError
-from slope_mm.studies.measure import keep_weights, start_digest, weights_digest
+from slope_mm.studies.digests import weights_digest
+from slope_mm.studies.measure import keep_weights, start_digest
 from slope_mm.studies.processes import Launcher
-from slope_mm.studies.results import Results, read_results
+from slope_mm.studies.results import RESULTS, Results, copy_of, read_results
 from slope_mm.studies.runner import Runner
 from slope_mm.studies.study import Start, Study
 from slope_mm.studies.study_file import parse_study, read_study
@@ -120,6 +121,46 @@ def test_a_trial_knows_what_it_starts_from(
     assert found == [{weights_digest(dense_run.checkpoint)}, {None}, {None}]
 
 
+def test_a_start_that_was_replaced_is_another_trial(
+    dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    start = tmp_path / 'start.pth'
+    study = checkpoint_study(tiny_config, tmp_path, str(start))
+    state = torch.load(dense_run.checkpoint, weights_only=False)['state_dict']
+    keys = []
+    for factor in (1.0, 1.0, 0.5):
+        torch.save({key: value * factor for key, value in state.items()}, start)
+        trials, _ = plan_trials(study, Site(tmp_path))
+        keys.append({trial.key for trial in trials})
+    assert keys[0] == keys[1] and not keys[0] & keys[2]
+
+
+def test_rows_that_this_run_cannot_make_are_not_lost(
+    dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    study = checkpoint_study(tiny_config, tmp_path, str(dense_run.checkpoint))
+    trials, _ = plan_trials(study, Site(tmp_path))
+    results = synthetic_results(study)
+    for row, trial in zip(results.rows, trials, strict=True):
+        row.update(config_hash=trial.key, bytes_from='file')
+    # A task whose data this machine has not, and a row of other settings.
+    away = {**results.rows[0], 'task': 'nuclei', 'config_hash': 'of another machine'}
+    other = {**results.rows[0], 'seed': 9, 'config_hash': 'of other settings'}
+    results.rows += [away, other]
+    results.starts = [{**away, 'arm': 'start'}]
+    results.skipped = [{'task': 'nuclei', 'reason': 'no data'}]
+    results.write(tmp_path)
+    whole = (tmp_path / RESULTS).read_text()
+    Runner(Launcher()).run_all(
+        trials, results, lambda found: found.write(tmp_path), lambda: copy_of(tmp_path / RESULTS)
+    )
+    found = read_results(tmp_path, study)
+    assert away in found.rows and other not in found.rows and len(found.rows) == 3
+    assert [row['task'] for row in found.starts] == ['nuclei']
+    assert (tmp_path / f'{RESULTS}.bak').read_text() == whole
+    assert copy_of(tmp_path / RESULTS).name == f'{RESULTS}.bak2'
+
+
 def test_rows_from_before_the_digest_are_read_reported_and_taken_over(
     dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -134,11 +175,15 @@ def test_rows_from_before_the_digest_are_read_reported_and_taken_over(
     written: list[Results] = []
     before = [dict(row) for row in results.rows]
     # Nothing is left to run: no process starts, and no folder is made.
-    Runner(Launcher()).run_all(trials, results, written.append)
+    Runner(Launcher()).run_all(trials, results, written.append, no_copy)
     assert results.rows == before and written and not results.failed
     assert not any(trial.folder.exists() for trial in trials)
     text = markdown(study, results)
     assert '| fp32 | 2 |' in text and DIFFER not in text
+
+
+def no_copy() -> Path:
+    raise AssertionError('no row is lost')
 
 
 def with_digests(study: Study, digest: Callable[[str, int], str | None]) -> Results:

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from mmengine.config import Config
 
-from slope_mm.studies.measure import weights_digest
+from slope_mm.studies.digests import weights_digest
 
 ARMS = """
 _w4 = dict(weight=dict(sparsity='2:4', bits=4))
@@ -166,7 +166,10 @@ def test_the_plan_runs_nothing(ablate: Callable[..., tuple[int, str, str]], stud
         (['--arms', 'slop'], "'slop' is no arm; nearest: 'slope'"),
         (['--tasks', 'shape'], "no 'shape'; nearest: 'shapes'"),
         (['--seeds', '99'], 'nothing that is chosen has seeds'),
+        (['--seeds', '0', '99'], 'nothing that is chosen has seeds [99]'),
         (['--jobs', '0'], '--jobs 0'),
+        (['--threads', '0'], '--threads 0 is no number >= 1'),
+        (['--report-only', '--arms', 'slope'], '--report-only draws all of results.json'),
         (['--processes', '2'], '--processes needs --launcher'),
         (['--quick'], 'no short form'),
         (['--report-only', '--out', 'nowhere'], 'run the study without --report-only'),

@@ -118,6 +118,10 @@ def test_the_detector_to_compress_is_named_by_the_config(
         ([STOCK, '--recipe', 'w5a5'], ["no recipe 'w5a5'", 'w4a4']),
         (['configs/mask_rcnn_r18_shapes_slope_w4.py', '-o', 'OUT'], ['has a SlopeModel already']),
         ([STOCK, '-o', __file__], ['is there already', '--force']),
+        ([STOCK, '-o', 'a_folder/'], ["'a_folder' does not end in .py"]),
+        ([__file__, '-o', __file__, '--force'], ['is the config that it would inherit from']),
+        ([STOCK, '-o', f'{__file__}/x.py'], ['cannot be written', 'choose another place']),
+        (['nopackage::a/b.py'], ["package 'nopackage', which is not installed"]),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -140,6 +144,49 @@ def test_mistakes_end_in_one_line(
         assert word in error
     assert Path(__file__).read_text() == before
     assert not (tmp_path / 'out.py').exists()
+
+
+def test_a_config_that_imports_classes_has_no_child_though_its_model_is_named(
+    run: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dense_run: tiny.Run,
+) -> None:
+    """mmengine lets no config with strings inherit from it."""
+    config = Config.fromfile(dense_run.file)
+    config.custom_hooks = [dict(type='EMAHook')]
+    stock = tiny.dump(config, tmp_path / 'stock.py')
+    text = stock.read_text().replace("type='EMAHook'", 'type=EMAHook')
+    stock.write_text(f'from mmengine.hooks import EMAHook\n\n{text}')
+    out = tmp_path / 'child.py'
+    out.write_text('# mine\n')
+    with pytest.raises(SystemExit):
+        run('slopeify', str(stock), '-o', str(out), '--force')
+    assert 'names classes' in capsys.readouterr().err
+    assert out.read_text() == '# mine\n'
+
+
+def test_a_link_is_inherited_from_where_it_lies(
+    run: Callable[..., None], tmp_path: Path, dense_run: tiny.Run
+) -> None:
+    (tmp_path / 'store').mkdir()
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs/base.py').write_text(Path(dense_run.file).read_text())
+    (tmp_path / 'store/child.py').write_text("_base_ = ['base.py']\n")
+    (tmp_path / 'configs/child.py').symlink_to(tmp_path / 'store/child.py')
+    run('slopeify', str(tmp_path / 'configs/child.py'), '-o', str(tmp_path / 'configs/mine.py'))
+    assert Config.fromfile(tmp_path / 'configs/mine.py').model.type == 'slope_mm.SlopeModel'
+
+
+def test_a_student_is_unfrozen_and_its_teacher_follows_by_names(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    stock = 'mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py'
+    run('slopeify', stock, '-o', str(tmp_path / 'mine.py'))
+    config = Config.fromfile(tmp_path / 'mine.py')
+    assert config.model.detector.backbone.frozen_stages == -1
+    hooks = [hook['type'] for hook in config.custom_hooks]
+    assert 'slope_mm.SlopeMeanTeacherHook' in hooks and 'MeanTeacherHook' not in hooks
 
 
 def test_the_plan_needs_no_checkpoint_and_claims_no_cosine(

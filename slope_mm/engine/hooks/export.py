@@ -17,6 +17,8 @@ from slope_mm.convert import compressed_layers
 from slope_mm.engine.packed import stock_config
 from slope_mm.packing.writer import SMALLEST, check_options, save_packed
 
+CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.ckpt', '.tar', '.bin')
+
 
 @HOOKS.register_module()
 class SlopeExportHook(Hook):
@@ -101,7 +103,9 @@ class SlopeExportHook(Hook):
             epoch=checkpoint['meta']['epoch'],
             iteration=checkpoint['meta']['iter'],
         )
-        path = beside.with_suffix('.slope')
+        # A name without an ending may have dots of its own.
+        name = beside.stem if beside.suffix in CHECKPOINT_SUFFIXES else beside.name
+        path = beside.with_name(f'{name}.slope')
         size = save_packed(saved, path, meta, coding=self.coding, dtype=self.dtype)
         print_log(f'SLOPE: {path} has {size:,} bytes', logger='current', level=logging.INFO)
         self._written[path] = beside
