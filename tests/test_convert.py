@@ -111,7 +111,10 @@ def test_a_weight_that_a_hook_computes_is_left_alone() -> None:
     model = nn.Sequential(ConvModule(8, 8, 3, with_spectral_norm=True), nn.Conv2d(8, 8, 1))
     plans = {p.name: (p.spec is None, p.reason) for p in slope_mm.plan(model, W4)}
     assert plans == {'0.conv': (True, 'its weight is computed by a hook'), '1': (False, '')}
+    told = {row.name: (row.shape, row.note) for row in slope_mm.report(model, W4)}
+    assert told['0.conv'] == ((8, 8, 3, 3), 'its weight is computed by a hook')
     slope_mm.convert(model, W4)(torch.randn(1, 8, 5, 5)).sum().backward()
+    assert {row.name: row.pattern for row in slope_mm.report(model)} == {'0.conv': '', '1': '2:4'}
 
 
 @pytest.mark.parametrize('layer', [nn.LazyConv2d, nn.LazyLinear])

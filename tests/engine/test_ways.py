@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from torch import Tensor, nn
 
+import slope_mm
 from slope_mm import ConfigError, SlopeError, bake, compressed_layers
 from slope_mm.engine import launch
 from slope_mm.engine.refusals import BACKEND_PACKAGES, check_backends, check_wrapped
@@ -216,6 +217,18 @@ def test_a_compiled_train_step_trains_alike(backend: str, tmp_path: Path) -> Non
     state = tiny.state_of(found.model)
     for name, value in tiny.state_of(wanted.model).items():
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(tiny.TORCH < (2, 2), reason="torch 2.1's compiler cannot trace the step")
+def test_a_compiled_model_may_have_both_orders_of_axes(tmp_path: Path) -> None:
+    """A transposed convolution behind another one, as in mask heads: axes become symbols."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2))
+    model = slope_mm.convert(stock, dict(weight=dict(sparsity='2:4', bits=4))).train()
+    x = torch.randn(2, 4, 9, 9)
+    wanted = model(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend='eager')(x), wanted)
 
 
 def test_fused_passes_train_alike(tmp_path: Path) -> None:
