@@ -99,7 +99,7 @@ def read_index(folder: str | os.PathLike[str], check: bool = True) -> ExportInde
         raise ExportError(f'{path} cannot be read ({error}); export the checkpoint again') from None
     if check:
         for part in index.parts:
-            for name in {part.portable, part.cpu, *part.sha256}:
+            for name in dict.fromkeys((part.portable, part.cpu, *part.sha256)):
                 _check_file(Path(folder), name, part.sha256.get(name))
     return index
 

@@ -49,3 +49,8 @@ _trained = dict(
     ),
     seeds=[0, 1, 2],
 )
+_trained_long = dict(
+    _trained,
+    title='shapes, start of 24 epochs, six epochs',
+    options=_schedule(6, **_fine_tuning),
+)
