@@ -41,6 +41,7 @@ _long = dict(
 tasks = dict(
     shapes=dict(seeds=[0, 1, 2, 3, 4]),
     shapes_trained={{_base_._trained}},
+    shapes_trained_long={{_base_._trained_long}},
     nuclei=dict(seeds=[0, 1, 2]),
     nuclei_long=_long,
     shapes_brief=_brief,

@@ -49,6 +49,7 @@ _trained = dict(
     ),
     seeds=[0, 1, 2],
 )
+# Does time bring back what three epochs do not?
 _trained_long = dict(
     _trained,
     title='shapes, start of 24 epochs, six epochs',
