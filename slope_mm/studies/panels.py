@@ -46,19 +46,28 @@ def finish(
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc='outside lower center',
-        ncols=min(len(entries), 3 * len(axes)),
-        frameon=False,
-        fontsize=9,
-    )
+    draw_legend(figure, entries, 3 * len(axes))
     headline = f'{spec.title} ({task.title})' if spec.title else task.title
     figure.suptitle(f'{headline}\n{spread}', fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
     return True
+
+
+def draw_legend(figure: Any, entries: Mapping[str, Any], most: int) -> None:
+    """A legend below the panels, in as many columns (``most`` at most) as the picture is wide."""
+    for columns in range(min(len(entries), most), 0, -1):
+        legend = figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc='outside lower center',
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
+        )
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def points_of(

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import cv2
 import pytest
+from matplotlib.figure import Figure
 from synthetic import synthetic_results
 
 from slope_mm.errors import DataError
 from slope_mm.studies.figures import draw_figures
-from slope_mm.studies.panels import COLOURS
+from slope_mm.studies.panels import COLOURS, draw_legend
 from slope_mm.studies.results import Results, read_results
 from slope_mm.studies.statistics import paired_difference, summarize
 from slope_mm.studies.study import Study
@@ -209,3 +210,14 @@ def test_the_readme_shows_rows_of_a_committed_table() -> None:
     assert len(shown) >= 6
     for row in shown:
         assert any(row.items() <= whole.items() for whole in committed), row
+
+
+def test_a_legend_is_no_wider_than_its_picture() -> None:
+    figure = Figure(figsize=(9.2, 4), layout='constrained')
+    axes = figure.subplots(1, 2)
+    (line,) = axes[0].plot([0, 1])
+    labels = [f'a treatment with a long name, number {i}' for i in range(7)]
+    draw_legend(figure, dict.fromkeys(labels, line), 6)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == labels
+    assert legend.get_window_extent().width <= figure.bbox.width
