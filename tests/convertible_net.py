@@ -54,3 +54,16 @@ def trained(recipe: dict[str, Any], model: nn.Module | None = None) -> nn.Module
         model(image()).square().sum().backward()
         optimizer.step()
     return model.eval()
+
+
+class Tied(nn.Module):
+    """Two layers of one weight with biases of their own, and a table of words that is one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.second.weight, self.out.weight = self.first.weight, self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(self.second(self.first(self.table(words)).relu()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from convertible_net import Tied
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.cnn.bricks import wrappers
@@ -220,16 +221,6 @@ def test_parameters_that_modules_share_are_counted_once() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     model[1].__dict__.update(model[0].__dict__)
     assert slope_mm.report(model).dense_bytes == 4 * 4 * 4 + 8
-
-
-class Tied(nn.Module):
-    """Two layers of one weight with biases of their own, and a table of words that is one too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(16, 8)
-        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
-        self.second.weight, self.out.weight = self.first.weight, self.table.weight
 
 
 def test_a_tied_weight_is_counted_once_unless_it_is_compressed_differently() -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from convertible_net import Net, image
+from convertible_net import Net, Tied, image
 from torch import Tensor, nn
 
 import slope_mm
@@ -88,19 +88,6 @@ def test_a_state_dict_brings_codes_and_masks_into_another_model() -> None:
             assert torch.equal(one.mask, two.mask), name
     x = image()
     assert torch.equal(model(x), other.eval()(x))
-
-
-class Tied(nn.Module):
-    """A table of words that a linear layer uses as its weight, and two layers of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(16, 8)
-        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
-        self.second.weight, self.out.weight = self.first.weight, self.table.weight
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.out(self.second(self.first(self.table(words)).relu()))
 
 
 def test_tied_weights_are_left_alone() -> None:
