@@ -101,7 +101,9 @@ def _run(study: Study, options: Options, work_dir: Path, out: Path, line: Progre
             lambda: copy_of(out / RESULTS),
         )
         if study.interplay is not None:
-            results.interplay = interplay(study, trials)
+            # As their rows do, those of tasks that cannot run here stay.
+            kept = [row for row in results.interplay if row['task'] in skipped]
+            results.interplay = [*kept, *interplay(study, trials)]
             save(results)
     draw(study, results, out, line)
     return not results.failed

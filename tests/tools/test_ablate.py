@@ -135,8 +135,16 @@ def test_a_study_from_its_interruption_to_its_report(
     # A finished arm is not run again, and the same report comes out.
     text = (out / 'results.md').read_text()
     before = (folder / 'train.log').stat().st_mtime_ns, (folder / 'result.json').stat().st_mtime_ns
+    # What another machine found on data that this one has not.
+    elsewhere = {**content['interplay'][0], 'task': 'absent'}
+    content['interplay'].append(elsewhere)
+    (out / 'results.json').write_text(json.dumps(content))
     code, output, _ = ablate('--arms', 'slope')
     assert '1 of 1 trials are done already' in output
+    content = json.loads((out / 'results.json').read_text())
+    assert content['interplay'].count(elsewhere) == 1
+    content['interplay'].remove(elsewhere)
+    (out / 'results.json').write_text(json.dumps(content))
     # The other arm was not asked for, so its failure still stands.
     assert code == 1
     after = (folder / 'train.log').stat().st_mtime_ns, (folder / 'result.json').stat().st_mtime_ns

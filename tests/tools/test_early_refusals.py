@@ -1,0 +1,80 @@
+"""What tools look for before they begin: outputs, annotations, data, the config itself."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+from mmengine.config import Config
+from tool_calls import assert_refused, call, contents
+
+from slope_mm import DataError
+from slope_mm.engine import launch
+from slope_mm.engine.data_files import check_data
+
+
+def test_outputs_that_would_never_come_are_refused(slope_run: tiny.Run, tmp_path: Path) -> None:
+    work = ('--work-dir', tmp_path / 'work')
+    several = Config.fromfile(slope_run.file)
+    metrics = [several.test_evaluator]
+    several.test_evaluator = dict(
+        type='MultiDatasetsEvaluator', metrics=metrics, dataset_prefixes=['a']
+    )
+    file = tiny.dump(several, tmp_path / 'several.py')
+    arguments = ('test', file, slope_run.checkpoint, *work, '--out', tmp_path / 'out.pkl')
+    assert_refused(*call(*arguments), ['--out', 'one data set at a time'])
+    blind = Config.fromfile(slope_run.file)
+    blind.default_hooks.visualization = None
+    file = tiny.dump(blind, tmp_path / 'blind.py')
+    arguments = ('test', file, slope_run.checkpoint, *work, '--show-dir', 'shown')
+    assert_refused(*call(*arguments), ['--show-dir', 'DetVisualizationHook'])
+    nowhere = ('test', slope_run.file, slope_run.checkpoint, *work, '--out', '/proc/nope/out.pkl')
+    assert_refused(*call(*nowhere), ["folder of --out '/proc/nope'", 'cannot be written'])
+    assert contents(tmp_path / 'work') is None
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_annotations_of_the_metric_are_looked_for(
+    tool: str, slope_run: tiny.Run, tmp_path: Path
+) -> None:
+    config = Config.fromfile(slope_run.file)
+    for name in ('val_evaluator', 'test_evaluator'):
+        config[name].ann_file = 'nowhere/val.json'
+    file = tiny.dump(config, tmp_path / 'config.py')
+    checkpoint = () if tool == 'train' else (slope_run.checkpoint,)
+    code, errors = call(tool, file, *checkpoint, '--work-dir', tmp_path / 'work')
+    assert_refused(code, errors, ["there is no 'nowhere/val.json'", 'evaluator.ann_file'])
+    assert contents(tmp_path / 'work') is None
+
+
+def test_data_of_a_storage_backend_are_left_to_it(slope_run: tiny.Run) -> None:
+    loader = copy.deepcopy(slope_run.config.test_dataloader)
+    loader.dataset.data_root = 'bucket/'
+    with pytest.raises(DataError, match="there is no 'bucket/"):
+        check_data(loader, 'test_dataloader')
+    loader.dataset.backend_args = dict(backend='petrel')
+    check_data(loader, 'test_dataloader')
+    loader.dataset.backend_args = dict(backend='local')
+    with pytest.raises(DataError, match="there is no 'bucket/"):
+        check_data(loader, 'test_dataloader')
+
+
+def test_configs_that_cannot_be_read_end_in_one_line(slope_run: tiny.Run, tmp_path: Path) -> None:
+    (tmp_path / 'broken.py').write_text('model = dict(\n')
+    work = ('--work-dir', tmp_path / 'work')
+    broken = call('train', tmp_path / 'broken.py', *work)
+    assert_refused(*broken, ["broken.py' (or a base of it) cannot be read", 'line 1', 'mend it'])
+    swapped = ('test', slope_run.checkpoint, slope_run.file, *work)
+    assert_refused(*call(*swapped), ['is no config', 'the config comes first'])
+    option = 'train_dataloader.dataset.pipeline.99.prob=0.5'
+    arguments = ('train', slope_run.file, *work, '--cfg-options', option)
+    assert_refused(*call(*arguments), ['an option does not fit into'])
+
+
+def test_a_config_whose_scope_is_none_means_mmdets(slope_run: tiny.Run) -> None:
+    """As mmdet's own lazy configs have it."""
+    config = copy.deepcopy(slope_run.config)
+    config.default_scope = None
+    assert type(launch.build_model(config)).__name__ == 'MaskRCNN'
