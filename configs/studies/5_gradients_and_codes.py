@@ -1,6 +1,8 @@
-# Study 5: gradients, mask refresh and freezing, code sets, step granularity, first steps.
-_base_ = '../_base_/studies/shapes_short.py'
+# Study 5: gradients, mask refresh and freezing, code sets, step granularity, first steps. From a
+# trained start: where the model still has to learn, whatever holds it back looks bad (study 14).
+_base_ = '../_base_/studies/detection.py'
 title = 'Gradients, masks, code sets and steps'
+tasks = dict(_delete_=True, shapes_trained_short={{_base_._trained_short}})
 seeds = [0, 1, 2]
 
 

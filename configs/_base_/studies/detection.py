@@ -55,3 +55,9 @@ _trained_long = dict(
     title='shapes, start of 24 epochs, six epochs',
     options=_schedule(6, **_fine_tuning),
 )
+# For studies with many arms.
+_trained_short = dict(
+    _trained,
+    title='shapes, start of 24 epochs, two epochs',
+    options=_schedule(2, **_fine_tuning),
+)
