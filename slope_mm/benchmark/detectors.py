@@ -13,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from slope_mm.engine.launch import build_model
+from slope_mm.engine.launch import build_model, read_config
 from slope_mm.errors import ConfigError
 from slope_mm.ops.fused import fused
 
@@ -26,6 +26,15 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 # Behind an arm's name: its passes are fused kernels (``optim_wrapper.compile``).
 COMPILED = ' compiled'
+
+
+def read_stock(path: str) -> Config:
+    """The config that a benchmark's arms are made of: a file, or ``mmdet::…``."""
+    if '::' in path:
+        from mmengine.hub import get_config
+
+        return get_config(path)
+    return read_config(path)
 
 
 def arm_config(config: Config, arm: str) -> Config:

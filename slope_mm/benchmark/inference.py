@@ -19,7 +19,13 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from slope_mm.benchmark.detectors import SameProposals, arm_config, classes_of, make_batch
+from slope_mm.benchmark.detectors import (
+    SameProposals,
+    arm_config,
+    classes_of,
+    make_batch,
+    read_stock,
+)
 from slope_mm.benchmark.interleave import Timings, interleave
 from slope_mm.convert import bake
 from slope_mm.engine import launch
@@ -54,7 +60,7 @@ def inference(args: Namespace, progress: Progress) -> tuple[list[dict[str, Any]]
         Rows, and sentences about them.
     """
     require_runtime()
-    config = launch.read_config(args.config)
+    config = read_stock(args.config)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for size in args.sizes:

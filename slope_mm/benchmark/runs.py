@@ -20,19 +20,10 @@ from slope_mm.benchmark.kernels import kernel_times, memory_bandwidth
 from slope_mm.benchmark.memory import peak_bytes
 from slope_mm.benchmark.weights import SHAPE, WEIGHT_BYTES, layer_arms
 from slope_mm.convert import compressed_layers, convert
-from slope_mm.engine.launch import read_config
 from slope_mm.layers import CompressedLayer
 
 Progress = Callable[[str], None]
 Result = tuple[list[dict[str, Any]], list[str]]
-
-
-def _read(path: str) -> Config:
-    if '::' in path:
-        from mmengine.hub import get_config
-
-        return get_config(path)
-    return read_config(path)
 
 
 def _steps(args: Namespace, config: Config) -> dict[str, detectors.TrainingStep]:
@@ -48,7 +39,7 @@ def train(args: Namespace, progress: Progress) -> Result:
 
     On a GPU also how long its kernels are busy: the rest of a step waits for Python.
     """
-    steps = _steps(args, _read(args.config))
+    steps = _steps(args, detectors.read_stock(args.config))
     timings = interleave(steps, args.rounds, progress=progress)
     rows = timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch)
     if torch.device(args.device).type == 'cuda':
@@ -62,7 +53,7 @@ def train(args: Namespace, progress: Progress) -> Result:
 
 def evaluate(args: Namespace, progress: Progress) -> Result:
     """Evaluation steps in turn; the models are not baked."""
-    config = _read(args.config)
+    config = detectors.read_stock(args.config)
     built = detectors.build_arms(config, args.arms, args.device)
     first = next(iter(built.values()))[0]
     batch = detectors.make_batch(first, tuple(args.size), args.batch, detectors.classes_of(config))
@@ -106,7 +97,7 @@ def layer(args: Namespace, progress: Progress) -> Result:
 
 def memory(args: Namespace, progress: Progress) -> Result:
     """Peak bytes of a step: model, gradients, optimizer state, and what comes and goes."""
-    config = _read(args.config)
+    config = detectors.read_stock(args.config)
     rows: list[dict[str, Any]] = []
     baseline = 0
     for arm in args.arms:
@@ -137,7 +128,7 @@ def memory(args: Namespace, progress: Progress) -> Result:
 
 def passes(args: Namespace, progress: Progress) -> Result:
     """Where a step's extra time goes: every W4 layer's pass over its weight, by kind of kernel."""
-    config = _read(args.config)
+    config = detectors.read_stock(args.config)
     model, _ = detectors.build_arms(config, ['W4'], args.device)['W4']
     layers = compressed_layers(model).values()
     spent: dict[str, list[float]] = {}
@@ -189,7 +180,7 @@ def scale(args: Namespace, progress: Progress) -> Result:
     points = [(depth, (height, width)) for depth in (18, 50, 101)]
     points += [(50, (int(height * f), int(width * f))) for f in (0.5, 2.0)]
     for depth, size in points:
-        config = _read(args.config)
+        config = detectors.read_stock(args.config)
         if config.model.backbone.type != 'ResNet':
             raise SystemExit('scale varies the depth of a ResNet; give such a config')
         config.model.backbone.depth = depth
@@ -217,7 +208,7 @@ def setup(args: Namespace, progress: Progress) -> Result:
         imports.append(float(ran.stdout.split()[-1]))
         progress(f'import {imports[-1]:.3f} s')
     conversions = []
-    config = _read(args.config)
+    config = detectors.read_stock(args.config)
     for _ in range(args.rounds):
         model = detectors.build_arms(config, ['stock'])['stock'][0]
         start = time.perf_counter()

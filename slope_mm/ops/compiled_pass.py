@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_mm.ops import kernel_store, weight_pass
+from slope_mm.ops import kernel_store, mask_bits, weight_pass
 from slope_mm.ops.kernel_code import MASK
 from slope_mm.ops.quantization import Codes, positive, scaled_gradient
 from slope_mm.ops.selection import BLOCK
@@ -164,11 +164,12 @@ def _find_mask(
     powers = sums[:3]
     tied = _tied(sums[3], w, groups)
     if tied is not None:
+        rows = w[tied]
         compressed[tied], powers[:, tied], kept = weight_pass.forward_pass(
-            w[tied], positive(steps[tied]), codes, None, groups, sums=True, keep_mask=True
+            rows, positive(steps[tied]), codes, None, groups, sums=True, keep_mask=True
         )
         assert kept is not None
-        mask[tied] = kept.to(MASK)
+        mask[tied] = mask_bits.read(kept, torch.empty_like(rows, dtype=MASK))
     return compressed, powers, mask
 
 

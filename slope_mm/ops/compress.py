@@ -58,14 +58,14 @@ class Compress(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         latent = as_rows(w, *axes)
-        kept = None if mask is None else as_rows(mask, *axes)
+        kept = None if mask is None else as_rows(mask.bool(), *axes)
         ctx.let_go, ctx.found = False, None
         ctx.kernels = fused.weight_kernels(latent, codes, mask, groups, gradient)
         if ctx.kernels is not None:
             rows, powers, ctx.found = ctx.kernels.forward_pass(latent, step, codes, kept, groups)
         else:
             s = None if step is None else positive(step).reshape(-1, 1)
-            # A live mask is kept as rows; one that was given is somebody's already.
+            # A live mask is kept as bits; one that was given is somebody's already.
             rows, powers, kept = forward_pass(
                 latent, s, codes, kept, groups, sums=sums, keep_mask=any(ctx.needs_input_grad)
             )

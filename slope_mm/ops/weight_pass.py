@@ -7,8 +7,8 @@ block. On other devices the block is the whole weight.
 
 Forward, per row: ``ŵ`` and the sums ``w·w``, ``w·ŵ``, ``ŵ·ŵ``, from which cosine, SQNR and the
 regularizers follow without another look at W. Backward, per row: the gradient of W and the step's,
-those of the sums included. The mask is kept for it, a byte a weight: finding it again takes
-longer than reading it.
+those of the sums included. The mask is kept for it, a bit a weight
+(:mod:`slope_mm.ops.mask_bits`): finding it again takes longer than reading it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slope_mm.ops import mask_bits
 from slope_mm.ops.quantization import Codes, scaled_gradient
 from slope_mm.ops.selection import Scratch, blocks, keep, kth_largest
 
@@ -61,7 +62,7 @@ def _kept(
 ) -> Tensor | None:
     """1 where kept, 0 where pruned; None for dense."""
     if mask is not None:
-        return scratch('kept', rows).copy_(mask[block])
+        return mask_bits.read(mask[block], scratch('kept', rows))
     if groups is None:
         return None
     return keep(rows, groups.n, groups.m, groups.kernel, scratch)
@@ -94,18 +95,18 @@ def forward_pass(
 
     Returns:
         ``(compressed, sums, mask)``: like ``w``; ``[3, rows]`` in fp32 or better: ``w·w``, ``w·ŵ``,
-        ``ŵ·ŵ``; and ``mask`` as it was given, or as it was found.
+        ``ŵ·ŵ``; and ``mask`` as it was given, or what was found (:mod:`slope_mm.ops.mask_bits`).
     """
     precision = torch.promote_types(w.dtype, torch.float32)
     compressed = torch.empty_like(w)
     powers = torch.zeros(3, w.shape[0], dtype=precision, device=w.device)
     scratch = Scratch(w, precision)
-    found = torch.empty_like(w, dtype=torch.bool) if keep_mask and groups is not None else None
+    found = mask_bits.room_for(w) if keep_mask and groups is not None else None
     for block in blocks(w):
         rows, target = w[block].to(precision), compressed[block]
         kept = _kept(block, rows, mask, groups, scratch)
         if found is not None and kept is not None:
-            found[block] = kept
+            mask_bits.write(kept, found[block])
         level = rows
         if codes is not None and step is not None:
             s = step if step.shape[0] == 1 else step[block]
@@ -158,7 +159,7 @@ def backward_pass(
         compressed: Its result.
         step: As in the forward pass.
         codes: As in the forward pass.
-        mask: Bool like ``w``, True where kept; None for dense.
+        mask: Bool like ``w``, True where kept, or what the forward pass found; None for dense.
         groups: The N:M groups that the mask was found by; None where it was given.
         gradient: Name in :data:`~slope_mm.ops.GRADIENTS`.
         decay: SR-STE's.

@@ -133,7 +133,7 @@ def kept_alive(compressed: Tensor, saved: list[Tensor]) -> int:
 
 @pytest.mark.parametrize('gradient', GRADIENTS)
 @pytest.mark.parametrize('name', [None, *CODE_SETS])
-def test_backward_keeps_what_the_layer_has_anyway_and_a_byte_a_weight(
+def test_backward_keeps_what_the_layer_has_anyway_and_a_bit_a_weight(
     gradient: str, name: str | None
 ) -> None:
     w = random_tensor((32, 64, 3, 3)).requires_grad_()
@@ -150,9 +150,20 @@ def test_backward_keeps_what_the_layer_has_anyway_and_a_byte_a_weight(
             w, step, codes, pattern=NMPattern(2, 4), gradient=gradient
         )
     # The operator that multiplies with the compressed weight keeps it too.
-    allowed = w.nbytes + w.numel() + compressed.nbytes + powers.nbytes
+    allowed = w.nbytes + w.numel() // 8 + compressed.nbytes + powers.nbytes
     allowed += 0 if step is None else step.nbytes
     assert kept_alive(compressed, saved) <= allowed
+
+
+@pytest.mark.parametrize('inputs', [4, 12, 20, 36])
+def test_bits_of_a_mask_end_with_their_row(inputs: int) -> None:
+    """Rows that fill no whole bytes: pruned weights get no gradient, kept ones theirs."""
+    w = random_tensor((7, inputs)).requires_grad_()
+    compressed, _ = compress_with_powers(w, pattern=NMPattern(1, 4), gradient='masked')
+    grad = random_tensor(w.shape, 1)
+    compressed.backward(grad)
+    kept = torch.from_numpy(slow_nm(w.detach().numpy(), 1, 4, 1))
+    assert torch.equal(w.grad, grad * kept)
 
 
 def test_a_weight_that_changed_before_backward_is_noticed() -> None:
