@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 import torch
 from mmengine.logging import MMLogger
@@ -21,6 +22,7 @@ from mmengine.logging import MMLogger
 from slope_mm.benchmark import runs
 from slope_mm.benchmark.report import machine, save, table
 from slope_mm.engine import launch
+from slope_mm.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,10 +36,10 @@ def parse_args() -> argparse.Namespace:
         help='config of a stock detector (also mmdet::...); the arms compress it themselves',
     )
     parser.add_argument('--arms', nargs='+', default=['stock', 'W4', 'W4A4'])
-    parser.add_argument('--size', nargs=2, type=int, default=[320, 320], metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=2, help='images in a batch')
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--threads', type=int, default=1, help='for torch, equal for all arms')
+    parser.add_argument('--size', nargs=2, type=positive, default=[320, 320], metavar=('H', 'W'))
+    parser.add_argument('--batch', type=positive, default=2, help='images in a batch')
+    parser.add_argument('--rounds', type=positive, default=9)
+    parser.add_argument('--threads', type=positive, default=1, help='for torch, equal for all arms')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--checkpoint', help='inference: of a SlopeModel; default: random weights')
     parser.add_argument(
@@ -51,17 +53,28 @@ def parse_args() -> argparse.Namespace:
         metavar='HxW',
         help='inference: heights and widths',
     )
-    parser.add_argument('--out', help='json file; default work_dirs/benchmark/BENCHMARK.json')
+    parser.add_argument(
+        '--out', help='json file; default work_dirs/benchmark/BENCHMARK_TIME.json, one a run'
+    )
     return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{number} is not at least 1')
+    return number
 
 
 def pair(text: str) -> tuple[int, int]:
     height, _, width = text.partition('x')
-    return int(height), int(width)
+    return positive(height), positive(width)
 
 
 def main() -> None:
     args = parse_args()
+    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(f'--device {args.device}: torch finds no GPU here')
     torch.set_num_threads(args.threads)
     # A line a parameter about its initialisation says nothing about speed.
     MMLogger.get_instance('benchmark', log_level='WARNING')
@@ -70,7 +83,7 @@ def main() -> None:
     print(table(rows))
     for note in notes:
         print(note)
-    out = args.out or f'work_dirs/benchmark/{args.benchmark}.json'
+    out = args.out or f'work_dirs/benchmark/{args.benchmark}_{time.strftime("%Y%m%d_%H%M%S")}.json'
     print(f'saved to {save(out, args.benchmark, rows, command=sys.argv[1:], notes=notes)}')
 
 

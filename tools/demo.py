@@ -67,6 +67,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def named_from_here(folder: Path) -> Path:
+    """A folder given relative to where the user stands, as the clone sees it."""
+    whole = folder.resolve()
+    return whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole
+
+
 def arms(work_dir: Path) -> list[Arm]:
     """The three arms; both compressed ones start from the first."""
     configs = ROOT / 'configs'
@@ -92,16 +98,30 @@ class Steps:
         self.path = work_dir / 'steps.json'
         # Arms run side by side.
         self.lock = threading.Lock()
-        self.done: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.done: dict[str, Any] = {}
+        if self.path.exists():
+            try:
+                self.done = json.loads(self.path.read_text())
+            except ValueError:
+                raise SlopeError(
+                    f"'{self.path}' is damaged, so what was done is not known; remove it, or choose"
+                    ' another --work-dir'
+                ) from None
 
     def run(self, name: str, arm: Arm, command: list[str], after: str = '') -> str:
         """Runs a command unless it is done; returns the hash that later steps depend on."""
         text = Config.fromfile(str(arm.config)).pretty_text
         key = hashlib.sha256('\n'.join([text, *command, after]).encode()).hexdigest()[:16]
         before = self.done.get(name, {})
-        if before.get('key') == key and before.get('finished'):
+        made = not name.startswith('train') or arm.checkpoint.is_file()
+        if before.get('key') == key and before.get('finished') and made:
             print(f'{name}: done before ({before["seconds"]:.0f} s)', flush=True)
             return key
+        if not before and name.startswith('train') and any(arm.folder.glob('*.pth')):
+            raise SlopeError(
+                f"'{arm.folder}' holds checkpoints of which '{self.path}' does not say what they"
+                ' are; move them elsewhere, or choose another --work-dir'
+            )
         if before and before['key'] != key and name.startswith('train'):
             # Checkpoints of another config must not be resumed.
             for stale in arm.folder.glob('*.pth'):
@@ -243,6 +263,7 @@ def train_and_test(steps: Steps, arm: Arm, start: str = '') -> str:
 
 def main() -> None:
     args = parse_args()
+    args.work_dir = named_from_here(args.work_dir)
     # Configs and tools are named relative to the clone.
     os.chdir(ROOT)
     launch.check_work_dir(str(args.work_dir))

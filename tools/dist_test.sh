@@ -3,6 +3,10 @@
 # Usage: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [ARGUMENTS OF test.py ...]
 set -euo pipefail
 
+if [ $# -lt 3 ]; then
+  echo "usage: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [ARGUMENTS OF test.py ...]" >&2
+  exit 2
+fi
 CONFIG=$1
 CHECKPOINT=$2
 PROCESSES=$3

@@ -3,6 +3,10 @@
 # Usage: tools/dist_train.sh CONFIG PROCESSES [ARGUMENTS OF train.py ...]
 set -euo pipefail
 
+if [ $# -lt 2 ]; then
+  echo "usage: tools/dist_train.sh CONFIG PROCESSES [ARGUMENTS OF train.py ...]" >&2
+  exit 2
+fi
 CONFIG=$1
 PROCESSES=$2
 shift 2

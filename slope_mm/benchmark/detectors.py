@@ -177,12 +177,13 @@ class TrainingStep:
         return sum(tensor.nbytes for tensor in held)
 
 
-def evaluation_step(model: BaseModel, batch: dict[str, Any]) -> Callable[[], Any]:
+def evaluation_step(model: BaseModel, config: Config, batch: dict[str, Any]) -> Callable[[], Any]:
     """One ``val_step`` as the Runner's loop does it, in evaluation mode."""
+    kernels = bool(config.optim_wrapper.get('compile'))
     model.eval()
 
     def step() -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), fused(kernels):
             return model.val_step(copy.deepcopy(batch))
 
     return step

@@ -20,6 +20,7 @@ from slope_mm.benchmark.kernels import kernel_times, memory_bandwidth
 from slope_mm.benchmark.memory import peak_bytes
 from slope_mm.benchmark.weights import SHAPE, WEIGHT_BYTES, layer_arms
 from slope_mm.convert import compressed_layers, convert
+from slope_mm.errors import ConfigError
 from slope_mm.layers import CompressedLayer
 
 Progress = Callable[[str], None]
@@ -57,7 +58,7 @@ def evaluate(args: Namespace, progress: Progress) -> Result:
     built = detectors.build_arms(config, args.arms, args.device)
     first = next(iter(built.values()))[0]
     batch = detectors.make_batch(first, tuple(args.size), args.batch, detectors.classes_of(config))
-    steps = {arm: detectors.evaluation_step(model, batch) for arm, (model, _) in built.items()}
+    steps = {arm: detectors.evaluation_step(*pair, batch) for arm, pair in built.items()}
     timings = interleave(steps, args.rounds, progress=progress)
     return timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch), []
 
@@ -181,8 +182,11 @@ def scale(args: Namespace, progress: Progress) -> Result:
     points += [(50, (int(height * f), int(width * f))) for f in (0.5, 2.0)]
     for depth, size in points:
         config = detectors.read_stock(args.config)
-        if config.model.backbone.type != 'ResNet':
-            raise SystemExit('scale varies the depth of a ResNet; give such a config')
+        backbone = config.model.backbone
+        if backbone.type != 'ResNet' or backbone.get('base_channels', 64) != 64:
+            raise ConfigError(
+                f"scale varies the depth of a ResNet of usual width; '{args.config}' has none"
+            )
         config.model.backbone.depth = depth
         if depth == 18:
             config.model.neck.in_channels = [64, 128, 256, 512]

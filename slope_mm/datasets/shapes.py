@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -100,7 +101,8 @@ def make_shapes(
 
     Args:
         root: Folder to make; it may exist if it is empty.
-        force: Replace a shapes data set that is already there. Anything else is never replaced.
+        force: Replace a shapes data set that is already there. Anything else is never replaced, nor
+            is a set beside which other files lie.
         **options: The fields of :class:`ShapesOptions`; ``image_size`` may be one number.
 
     Returns:
@@ -181,15 +183,41 @@ def _plain(options: ShapesOptions) -> dict[str, Any]:
     return plain
 
 
-def _missing_parts(paths: ShapesPaths) -> list[str]:
-    """Parts that someone removed after the set was made."""
-    parts = (
-        paths.train_annotations,
-        paths.val_annotations,
-        paths.train_images,
-        paths.val_images,
-    )
-    return [str(part.relative_to(paths.root)) for part in parts if not part.exists()]
+def _missing_parts(paths: ShapesPaths, options: ShapesOptions) -> list[str]:
+    """Parts that someone removed, or emptied, after the set was made."""
+    parts = [paths.train_annotations, paths.val_annotations]
+    for folder, count in (
+        (paths.train_images, options.num_train),
+        (paths.val_images, options.num_val),
+    ):
+        parts += [folder / _image_name(index) for index in range(count)]
+    lost = [str(part.relative_to(paths.root)) for part in parts if not _has_content(part)]
+    return lost if len(lost) < 4 else [*lost[:3], f'and {len(lost) - 3} files more']
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _image_name(index: int) -> str:
+    return f'{index:06d}.png'
+
+
+def _foreign_files(paths: ShapesPaths) -> list[str]:
+    """What lies in a set's folder and is none of its files."""
+    own = {paths.meta, paths.train_annotations, paths.val_annotations}
+    folders = {paths.train_annotations.parent, paths.train_images, paths.val_images}
+    foreign = []
+    for path in sorted(paths.root.rglob('*')):
+        is_image = path.parent in (paths.train_images, paths.val_images) and re.fullmatch(
+            r'\d{6}\.png', path.name
+        )
+        if path not in own and path not in folders and not is_image:
+            foreign.append(str(path.relative_to(paths.root)))
+    return foreign
 
 
 def _differences(paths: ShapesPaths, options: ShapesOptions) -> list[str]:
@@ -205,7 +233,7 @@ def _differences(paths: ShapesPaths, options: ShapesOptions) -> list[str]:
     ]
     if meta.get('version') != _VERSION:
         phrases.append(f'was made by generator version {meta.get("version")}, not {_VERSION}')
-    phrases += [f'has lost {part}' for part in _missing_parts(paths)]
+    phrases += [f'has lost {part}' for part in _missing_parts(paths, options)]
     return phrases
 
 
@@ -227,8 +255,18 @@ def _refuse_to_overwrite(paths: ShapesPaths, options: ShapesOptions, force: bool
             f'make it readable or choose another folder'
         ) from error
     is_shapes = _read_meta(paths) is not None
-    if is_free or (force and is_shapes):
+    if is_free:
         return
+    if force and is_shapes:
+        foreign = _foreign_files(paths)
+        if not foreign:
+            return
+        more = f' and {len(foreign) - 3} more' if len(foreign) > 3 else ''
+        raise DataError(
+            f"shapes: '{paths.root}' holds files that are not the data set's:"
+            f' {", ".join(foreign[:3])}{more}. Nothing was changed; move them elsewhere, or choose'
+            ' another folder'
+        )
     found = '; '.join(_differences(paths, options)) or 'is the same shapes data set'
     remedy = f'remake it with `{options.command(paths.root)}`, or' if is_shapes else 'please'
     raise DataError(
@@ -263,7 +301,7 @@ def _write_split(folder: Path, json_path: Path, options: ShapesOptions, count: i
     for index in range(count):
         scene = draw_scene(options, folder.name, index)
         image_id = index + 1
-        name = f'{index:06d}.png'
+        name = _image_name(index)
         _, encoded = cv2.imencode('.png', np.ascontiguousarray(scene.image[..., ::-1]))
         # Not cv2.imwrite: that answers a full disk with False instead of an error.
         (folder / name).write_bytes(encoded.tobytes())

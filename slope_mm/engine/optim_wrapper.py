@@ -249,6 +249,8 @@ class RegularizedOptimWrapper(OptimWrapper):
     def step(self, **kwargs: Any) -> None:
         """Updates the parameters; no step changes by more than ``step_limit`` of itself.
 
+        But for those of weights that were all zero (:meth:`CompressedLayer.leave_zero`).
+
         Optimizers of Adam's kind move every parameter by about the learning rate, which is a fair
         share of a weight but may be many times an 8-bit step. The limit also keeps steps positive.
         """
@@ -267,6 +269,8 @@ class RegularizedOptimWrapper(OptimWrapper):
         with torch.no_grad():
             torch._foreach_maximum_(steps, least)
             torch._foreach_minimum_(steps, most)
+        for layer in self._layers:
+            layer.leave_zero()
 
     def _loss_factor(self) -> float:
         factor = 1.0 / self._accumulative_counts

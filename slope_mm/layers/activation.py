@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
-from slope_mm.ops import Codes, activation_codes, grad_scale, mse_init_step
+from slope_mm.ops import Codes, activation_codes, grad_scale, mse_init_step, positive
 from slope_mm.ops.compress import Compress
 from slope_mm.ops.learned_step import QuantizeLSQ
 from slope_mm.ops.tracing import is_compiling
@@ -42,10 +42,19 @@ def quantize_activation(
     Returns:
         Tensor of ``x``'s shape and dtype.
     """
+    if torch.jit.is_tracing():
+        return _in_plain_operators(x, step, codes)
     samples = 1 if batch_axis is None else max(x.shape[batch_axis], 1)
     features = x.numel() / samples
     quantized: Tensor = QuantizeLSQ.apply(x, step, codes, grad_scale(features, codes))
     return quantized
+
+
+def _in_plain_operators(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+    """The same values from operators that torch.jit.trace records, one by one."""
+    s = positive(step)
+    scaled = x.to(torch.promote_types(x.dtype, s.dtype)) / s - codes.offset
+    return ((scaled.round().clamp(codes.qn, codes.qp) + codes.offset) * s).to(x.dtype)
 
 
 class _Again(NamedTuple):

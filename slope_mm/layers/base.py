@@ -22,6 +22,7 @@ from slope_mm.layers.state import SavedState
 from slope_mm.ops import (
     SMALLEST_STEP,
     SR_STE_DECAY,
+    Codes,
     NMPattern,
     compress_weight,
     compress_with_powers,
@@ -33,6 +34,7 @@ from slope_mm.ops import (
 )
 from slope_mm.ops.compress_many import Many, many_fit
 from slope_mm.ops.sparsity import Pattern
+from slope_mm.ops.tracing import untraced
 from slope_mm.ops.weight_pass import Groups
 
 #: The parameters that compression adds.
@@ -207,9 +209,32 @@ class CompressedLayer(SavedState):
         if self._codes.offset == 0:
             # Weights of zero (many a last layer begins with them) fit any step; beside the smallest
             # one the first update would clip them all, and nothing could be learned any more.
-            fan_in = self.weight.numel() / max(self.weight.shape[self.output_axis], 1)
-            usual = 1 / (math.sqrt(max(fan_in, 1)) * self._codes.largest)
+            usual = self._usual_step(self._codes)
             self.slope_step.masked_fill_(self.slope_step <= SMALLEST_STEP, usual)
+
+    def _usual_step(self, codes: Codes) -> float:
+        """The step of a layer whose weights are as large as usual."""
+        fan_in = self.weight.numel() / max(self.weight.shape[self.output_axis], 1)
+        return 1 / (math.sqrt(max(fan_in, 1)) * codes.largest)
+
+    @torch.no_grad()
+    def leave_zero(self) -> None:
+        """Gives weights that were all zero a usual step once an update has moved them.
+
+        Levels without a zero are as close to zero as their step is small, so weights of zero begin
+        with the smallest one, beside which everything that they could learn would be clipped.
+        """
+        step = self.slope_step
+        if self._codes is None or self._codes.offset == 0 or step is None or not step.requires_grad:
+            return
+        # An update changes even the smallest step by a share of itself.
+        asleep = step <= 2 * SMALLEST_STEP
+        # A GPU would have to be waited for.
+        if step.device.type == 'cpu' and not bool(asleep.any()):
+            return
+        axes = [i for i, size in enumerate(step.shape) if size == 1]
+        moved = self.latent_weight().abs().amax(axes, keepdim=True).to(step.dtype) > 0
+        step.masked_fill_(asleep & moved.reshape(step.shape), self._usual_step(self._codes))
 
     def compressed_weight(self) -> Tensor:
         """The weight that the layer computes with, differentiable in W and the step.
@@ -223,6 +248,13 @@ class CompressedLayer(SavedState):
             TensorError: If ``weight`` holds NaN or infinity (checked wherever that does not stall
                 a GPU).
         """
+        if torch.jit.is_tracing():
+            # A constant of the graph.
+            with untraced(), torch.no_grad():
+                return self._compressed_weight()
+        return self._compressed_weight()
+
+    def _compressed_weight(self) -> Tensor:
         compressed, _ = self._compressed(sums=False)
         assert compressed is not None
         return compressed

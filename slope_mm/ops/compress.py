@@ -55,6 +55,7 @@ class Compress(torch.autograd.Function):
         gradient: str,
         decay: float,
         sums: bool,
+        learns: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         latent = as_rows(w, *axes)
@@ -67,7 +68,7 @@ class Compress(torch.autograd.Function):
             s = None if step is None else positive(step).reshape(-1, 1)
             # A live mask is kept as bits; one that was given is somebody's already.
             rows, powers, kept = forward_pass(
-                latent, s, codes, kept, groups, sums=sums, keep_mask=any(ctx.needs_input_grad)
+                latent, s, codes, kept, groups, sums=sums, keep_mask=learns
             )
         compressed = from_rows(rows, tuple(w.shape), *axes)
         # Kernels find the compressed weight again.
@@ -123,7 +124,7 @@ class Compress(torch.autograd.Function):
             if grad_step is not None and s is not None:
                 grad_step = step_gradient(grad_step, step, s, grad_powers, powers, grad_scale)
         grad_w = None if rows is None else from_rows(rows, tuple(w.shape), *axes)
-        return grad_w, grad_step, *[None] * 8
+        return grad_w, grad_step, *[None] * 9
 
     @staticmethod
     def let_go(node: Any) -> None:
@@ -203,6 +204,11 @@ def compress_with_powers(
             f'steps of shape {tuple(step.shape)} fit no weight of shape {tuple(w.shape)} with'
             f' output channels on axis {axes[0]}; give one step, or one per output channel'
         )
+    if mask is not None and mask.shape != w.shape:
+        raise TensorError(
+            f'a mask of shape {tuple(mask.shape)} fits no weight of shape {tuple(w.shape)}; give'
+            ' one of the same shape'
+        )
     groups = None
     if pattern is not None:
         pattern.check(w, axes[1])
@@ -210,8 +216,12 @@ def compress_with_powers(
         groups = Groups(pattern.n, pattern.m, kernel)
     if codes is None or step is None:
         codes = step = None
+    # Within a function's forward gradients are always off.
+    learns = torch.is_grad_enabled() and (
+        w.requires_grad or (step is not None and step.requires_grad)
+    )
     compressed, powers = Compress.apply(
-        w, step, mask, codes, groups, axes, grad_scale, gradient, decay, sums
+        w, step, mask, codes, groups, axes, grad_scale, gradient, decay, sums, learns
     )
     if check_finite and not bool(torch.isfinite(powers[0].detach().sum())):
         # Squares may overflow on finite weights.
@@ -251,7 +261,12 @@ def compress_weight(
         RecipeError: If the gradient's name is unknown.
     """
     axis = 0
-    if step is not None and step.dim() == w.dim() and step.numel() > 1:
+    if step is not None and step.numel() > 1:
+        if step.dim() != w.dim():
+            raise TensorError(
+                f'steps of shape {tuple(step.shape)} do not say which axis of {tuple(w.shape)} they'
+                ' are for; give one step, or a shape of slope_mm.ops.step_shape'
+            )
         axis = max(range(step.dim()), key=lambda i: step.shape[i])
     axes = (axis, 1 - axis if axis < 2 else 0)
     compressed, _ = compress_with_powers(

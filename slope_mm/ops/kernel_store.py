@@ -88,7 +88,7 @@ def kernels(*names: tuple[str, int]) -> list[Kernel] | None:
             _build([file for file in files if not file.is_file()])
             for name, file in zip(names, files, strict=True):
                 if name not in _loaded:
-                    _loaded[name] = _load(file)
+                    _loaded[name] = _load_or_rebuild(file)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             _given_up.append(str(error))
             warnings.warn(
@@ -97,6 +97,19 @@ def kernels(*names: tuple[str, int]) -> list[Kernel] | None:
             )
             return None
     return [_loaded[name] for name in names]
+
+
+def _load_or_rebuild(file: Path) -> Kernel:
+    """A kernel of the cache; one that does not load (cut off, say) is built once more."""
+    try:
+        return _load(file)
+    except RuntimeError:
+        file.unlink(missing_ok=True)
+        _build([file])
+    try:
+        return _load(file)
+    except RuntimeError as error:
+        raise RuntimeError(f"'{file}' does not load: {error}") from None
 
 
 def _load(file: Path) -> Kernel:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,3 +33,22 @@ def left_out(function: Callable[..., Any]) -> Callable[..., Any]:
         return aside(*args, **kwargs) if is_compiling() else function(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Scope into which torch.jit.trace does not look: what it makes is a constant of the graph.
+
+    Its tracer loses track of passes that write into buffers block by block. (Its own way to leave a
+    function out, a script, would have to compile them.)
+    """
+    state = torch._C._get_tracing_state() if torch.jit.is_tracing() else None
+    if state is None:
+        yield
+        return
+    resume = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    resume(None)
+    try:
+        yield
+    finally:
+        resume(state)

@@ -25,7 +25,7 @@ CAUSES = (
     (r'FileNotFoundError', "inherits from a config that mmdet's package lacks"),
     (r'not compiled|CUDA|cuda|not implemented on CPU|implementation for device cpu', 'needs a GPU'),
     (r'NotImplementedError', 'does not train as a whole'),
-    (r'alloc|memory|MemoryError', 'needs more than 8 GB'),
+    (r'alloc|memory|MemoryError', 'needs more memory than a trial gets'),
     (r'stopped after', 'takes too long here'),
 )
 # What may have installed a package: OpenMMLab, or the maintained forks.
@@ -65,7 +65,10 @@ def write_page(folder: Path, results: Mapping[str, Result] | None) -> str:
     content = json.loads(path.read_text()) if path.is_file() else {'results': []}
     known = {row['config']: row for row in content['results']}
     if results is not None:
-        known.update(results)
+        for name, row in results.items():
+            # A limit says nothing about a model that has run.
+            if not (row.get('limited') and known.get(name, {}).get('status') == 'runs'):
+                known[name] = row
         # A package that is not installed now may be one that older results were measured with.
         measured_with = {**content.get('versions', {}), **_versions()}
         content = {'versions': measured_with, 'results': [known[name] for name in sorted(known)]}
@@ -174,7 +177,7 @@ def _page(rows: list[Result], versions: Mapping[str, str]) -> str:
         '    python tools/zoo.py --report-only       # this page from docs/zoo.json',
         '',
         f'Measured with {told}, on CPU, random weights, two small images of noise; a process of'
-        ' 8 GB at most for each config.',
+        ' its own for each config, of 8 GB at most where its row does not tell another limit.',
         'SyncBN is BN and AMP is off in both twins, stages are not frozen, second stages train'
         ' on 32 regions; nothing is downloaded.',
         'A few models of mmpretrain and mmseg take the same way, where these packages are installed'

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
+import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -28,6 +30,8 @@ from slope_mm.zoo.configs import stock_zoo_config
 from slope_mm.zoo.trial import DenseFailure, peak_mb, try_config
 
 Result = dict[str, Any]
+# What is said where the system refuses memory.
+OUT_OF_MEMORY = r'alloc|memory|MemoryError'
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,11 @@ def listed(options: Options) -> list[Entry]:
     kept = options.results.with_name('catalogue.json')
     version = mmdet.__version__
     if kept.is_file():
-        content = json.loads(kept.read_text())
+        try:
+            content = json.loads(kept.read_text())
+        except ValueError:
+            # Cut off while it was written: it is listed once more.
+            content = {'mmdet': None}
         if content['mmdet'] == version:
             return [*(Entry(**entry) for entry in content['entries']), *relatives()]
     entries = catalogue()
@@ -140,6 +148,8 @@ def run_zoo(options: Options, say: Callable[[str], None] = print) -> dict[str, R
     # A packed file of each detector class is enough, and of each relative.
     packs = {e.detector: e.config for e in reversed(entries) if not (e.same_as or e.problem)}
     done = {} if options.again else read_results(options.results)
+    # What a limit stopped is tried again under a larger one.
+    done = {name: row for name, row in done.items() if not _was_tighter(row, options)}
     todo = [e for e in widest_first(select(entries, options)) if e.config not in done]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.log.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +164,15 @@ def run_zoo(options: Options, say: Callable[[str], None] = print) -> dict[str, R
         said = result.get('reason') or f'{result.get("compressed", 0):.2%} compressed'
         say(f'[{number}/{len(todo)}] {entry.config}: {result["status"]}, {said}')
     return read_results(options.results)
+
+
+def _was_tighter(row: Result, options: Options) -> bool:
+    """Whether a result is that of a limit, which is larger now."""
+    limits = row.get('limited') or {}
+    return (
+        limits.get('seconds', math.inf) < options.seconds
+        or limits.get('memory_gb', math.inf) < options.memory_gb
+    )
 
 
 def run_entry(entry: Entry, options: Options, pack: bool) -> Result:
@@ -177,6 +196,7 @@ def run_entry(entry: Entry, options: Options, pack: bool) -> Result:
         if not ours.poll(max(0.0, end - time.monotonic())):
             child.kill()
             noted.update(status=None, reason=f'stopped after {options.seconds:.0f} s')
+            noted['limited'] = {'seconds': options.seconds}
             break
         try:
             noted.update(ours.recv())
@@ -188,6 +208,9 @@ def run_entry(entry: Entry, options: Options, pack: bool) -> Result:
         signalled = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
         noted['status'] = 'dense fails' if noted.get('stage', 'dense') == 'dense' else 'fails'
         noted['reason'] = noted.get('reason') or signalled
+    if noted['status'] != 'runs' and re.search(OUT_OF_MEMORY, noted.get('reason', '')):
+        noted['limited'] = {'memory_gb': options.memory_gb}
+        noted['reason'] += f' (it may take {options.memory_gb:g} GB)'
     return {**result, **noted}
 
 

@@ -37,8 +37,12 @@ from slope_mm.zoo.weights import shared_names, weight_shares
 LR_FACTOR = 1e-3
 # Values of each layer's output that are compared.
 SAMPLED = 64
-# Layers whose random weights throw every box out of the image, where stock mmdet pastes no mask.
-QUIET = {'QueryInst': r'fc_reg\.weight$'}
+# By detector or backbone, parameters that begin a hundred times smaller: random ones throw every
+# box out of the image, where stock mmdet pastes no mask, or let deep sums grow beyond fp32.
+QUIET = {
+    'QueryInst': r'fc_reg\.weight$',
+    'HRNet': r'^backbone\..*(\.bn[23]|fuse_layers\..*)\.weight$',
+}
 
 
 class DenseFailure(Exception):
@@ -134,7 +138,9 @@ def build(config: Config) -> BaseModel:
     _seed()
     model: BaseModel = build_model(config)
     model.init_weights()
-    _quieten(model, QUIET.get(str(config.model.get('arch', config.model.type))))
+    section = config.model
+    for kind in (section.get('arch', section.type), section.get('backbone', {}).get('type')):
+        _quieten(model, QUIET.get(str(kind)))
     return model
 
 
@@ -299,7 +305,11 @@ def watch(
 
 def _sample(x: Tensor) -> Tensor:
     flat = x.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLED)].double().clone()
+    stride = max(1, flat.numel() // SAMPLED)
+    # One that a row's length divides would look at one column alone.
+    while math.gcd(stride, flat.numel()) > 1:
+        stride += 1
+    return flat[::stride].double().clone()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -319,17 +329,28 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def difference(ours: list[tuple[str, Tensor]], theirs: list[tuple[str, Tensor]]) -> Any:
-    """``'equal'``, or the largest difference relative to the largest value, and where."""
+    """``'equal'``, or the largest difference relative to the largest value, and where.
+
+    Outputs that are not finite say nothing, and neither do none: both are told instead.
+    """
     # Attention and its like use weights of layers that they do not call, or not in both forms.
     both = {name for name, _ in ours} & {name for name, _ in theirs}
     ours, theirs = ([(n, x) for n, x in seen if n in both] for seen in (ours, theirs))
     if [n for n, _ in ours] != [n for n, _ in theirs]:
         return f'{len(ours)} outputs against {len(theirs)}'
+    if not any(x.numel() for _, x in ours):
+        return 'nothing compared'
+    broken = sum(
+        not bool((a.isfinite() & b.isfinite()).all())
+        for (_, a), (_, b) in zip(ours, theirs, strict=True)
+        if a.shape == b.shape
+    )
+    if broken:
+        return f'not finite in {broken} of {len(ours)} outputs'
     worst, where = 0.0, ''
     for (name, a), (_, b) in zip(ours, theirs, strict=True):
         if a.shape != b.shape:
             return f"shapes differ at '{name or 'the result'}'"
-        a, b = a.nan_to_num(), b.nan_to_num()
         size = float(a.abs().max()) if a.numel() else 0.0
         moved = float((a - b).abs().max()) if a.numel() else 0.0
         if moved / max(size, 1e-12) > worst and moved > 0:

@@ -14,12 +14,19 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from slope_mm.benchmark.detectors import arm_config, build_arms, classes_of
+from slope_mm.benchmark.detectors import (
+    arm_config,
+    build_arms,
+    classes_of,
+    evaluation_step,
+    make_batch,
+)
 from slope_mm.benchmark.interleave import Spread, Timings, interleave
 from slope_mm.benchmark.memory import peak_bytes
 from slope_mm.benchmark.report import save, table
 from slope_mm.engine.launch import read_config
 from slope_mm.errors import ConfigError
+from slope_mm.ops.fused import fused_enabled
 
 SMALL = 'configs/mask_rcnn_r18_shapes_fp32.py'
 
@@ -38,6 +45,19 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert timings.ratio('ours', 'stock') == Spread(1.5, 1.5, 1.5)
     row = timings.rows('stock', size='x')[1]
     assert (row['arm'], row['size'], row['ratio'], row['ms']) == ('ours', 'x', 1.5, 2250.0)
+
+
+def test_compiled_arms_are_evaluated_with_fused_kernels() -> None:
+    asked: dict[str, bool] = {}
+    arms = ['stock', 'W4', 'W4 compiled']
+    built = build_arms(read_config(SMALL), arms)
+    for arm, (model, config) in built.items():
+        step = evaluation_step(model, config, make_batch(model, (64, 64), 1, 5))
+        model.backbone.conv1.register_forward_hook(
+            lambda module, args, out, arm=arm: asked.update({arm: fused_enabled(out)})
+        )
+        step()
+    assert asked == {'stock': False, 'W4': False, 'W4 compiled': True}
 
 
 PAGES = """

@@ -63,6 +63,26 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, force: bool
     assert contents(tmp_path) == before
 
 
+def test_a_set_beside_files_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    paths = make_shapes(tmp_path / 'set', num_train=2, num_val=1)
+    (paths.root / 'annotations' / 'mine.json').write_text('{}')
+    before = contents(paths.root)
+    with pytest.raises(DataError, match=r"not the data set's: annotations/mine\.json\."):
+        make_shapes(paths.root, force=True, num_train=3, num_val=1)
+    assert contents(paths.root) == before
+
+
+@pytest.mark.parametrize('lost', ['train/000001.png', 'annotations/val.json'])
+@pytest.mark.parametrize('emptied', [True, False])
+def test_a_set_that_has_lost_a_file_is_not_taken_for_whole(
+    tmp_path: Path, lost: str, emptied: bool
+) -> None:
+    paths = make_shapes(tmp_path / 'set', num_train=2, num_val=1)
+    (paths.root / lost).write_bytes(b'') if emptied else (paths.root / lost).unlink()
+    with pytest.raises(DataError, match=f'has lost {lost}'):
+        ensure_shapes(paths.root, num_train=2, num_val=1)
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / 'empty').mkdir()
     paths = make_shapes(tmp_path / 'empty', num_train=1, num_val=1)

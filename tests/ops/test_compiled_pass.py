@@ -234,6 +234,19 @@ def test_without_kernels_the_plain_pass_does_the_work(tmp_path: Path) -> None:
     assert 'no fused kernels here' in warned[0] and str(tmp_path / 'file') in warned[0]
 
 
+def test_a_kernel_that_does_not_load_is_built_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('SLOPE_CACHE', str(tmp_path))
+    monkeypatch.setattr(kernel_store, '_loaded', {})
+    file = kernel_store.cache_folder() / 'activation_forward-1.pt2'
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b'cut off')
+    found = kernel_store.kernels(('activation_forward', 1))
+    assert found is not None and len(found) == 1
+    assert file.stat().st_size > 1000
+
+
 def test_a_kernel_that_cannot_be_built_says_why(tmp_path: Path) -> None:
     file = tmp_path / 'no_such_kernel-4.pt2'
     with pytest.raises(RuntimeError, match='no_such_kernel'):

@@ -259,6 +259,16 @@ def test_blocks_do_not_show_in_the_result(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(small, whole, rtol=1e-6, atol=1e-6)
 
 
+def test_steps_that_do_not_say_their_axis_are_refused() -> None:
+    with pytest.raises(TensorError, match=r'do not say which axis of \(8, 8\)'):
+        compress_weight(torch.ones(8, 8), torch.ones(8), None, weight_codes('lsq', 4))
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(TensorError, match=r'a mask of shape \(4, 4, 2\)'):
+        compress_weight(torch.ones(4, 8), None, torch.ones(4, 4, 2, dtype=torch.bool))
+
+
 def test_steps_that_fit_no_axis_are_refused() -> None:
     w, codes = torch.ones(4, 8), weight_codes('lsq', 4)
     with pytest.raises(TensorError, match=r'steps of shape \(8, 1\)'):

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
+import torch
 
 
 def test_a_training_step_is_timed_and_saved(tmp_path: Path) -> None:
@@ -23,6 +25,23 @@ def test_a_training_step_is_timed_and_saved(tmp_path: Path) -> None:
     assert (stock['arm'], stock['ratio'], ours['arm']) == ('stock', 1.0, 'W4A4')
     assert ours['ms'] > 0
     assert '| W4A4' in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ('options', 'said'),
+    [
+        (['--rounds', '0'], '0 is not at least 1'),
+        (['--size', '0', '64'], '0 is not at least 1'),
+        (['--device', 'cuda'], 'torch finds no GPU here'),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(options: list[str], said: str) -> None:
+    if said.endswith('here') and torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    command = [sys.executable, 'tools/benchmark.py', 'train', *options]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    assert ran.returncode == 2
+    assert said in ran.stderr and 'Traceback' not in ran.stderr
 
 
 def test_an_unknown_arm_is_one_line(tmp_path: Path) -> None:

@@ -42,8 +42,43 @@ def arm_of(demo: ModuleType, tmp_path: Path, epochs: int = 2) -> object:
 def test_a_finished_step_is_not_run_again(demo: ModuleType, tmp_path: Path) -> None:
     arm, log = arm_of(demo, tmp_path), tmp_path / 'log'
     first = demo.Steps(tmp_path).run('train arm', arm, append(log))
+    (tmp_path / 'arm' / 'epoch_2.pth').write_text('trained')
     assert demo.Steps(tmp_path).run('train arm', arm, append(log)) == first
     assert log.read_text() == 'ran\n'
+
+
+def test_a_training_whose_checkpoint_is_gone_runs_again(demo: ModuleType, tmp_path: Path) -> None:
+    arm, log = arm_of(demo, tmp_path), tmp_path / 'log'
+    for _ in range(2):
+        demo.Steps(tmp_path).run('train arm', arm, append(log))
+    assert log.read_text() == 'ran\nran\n'
+
+
+def test_checkpoints_that_nobody_knows_are_neither_resumed_nor_removed(
+    demo: ModuleType, tmp_path: Path
+) -> None:
+    arm, log = arm_of(demo, tmp_path), tmp_path / 'log'
+    found = tmp_path / 'arm' / 'epoch_1.pth'
+    found.parent.mkdir()
+    found.write_text('of another config?')
+    with pytest.raises(SlopeError, match='does not say what they are'):
+        demo.Steps(tmp_path).run('train arm', arm, append(log))
+    assert found.exists() and not log.exists()
+
+
+def test_a_damaged_record_is_told(demo: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / 'steps.json').write_text('{"train arm": {"key"')
+    with pytest.raises(SlopeError, match='is damaged'):
+        demo.Steps(tmp_path)
+
+
+def test_the_work_dir_is_where_the_user_stands(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo.named_from_here(Path('mine')) == tmp_path / 'mine'
+    monkeypatch.chdir(ROOT)
+    assert demo.named_from_here(Path('work_dirs/demo')) == Path('work_dirs/demo')
 
 
 def test_an_interrupted_step_keeps_its_checkpoints_and_runs_again(

@@ -69,6 +69,12 @@ def test_the_page_has_a_row_for_what_ran_and_a_reason_for_what_did_not(tmp_path:
     assert 'carafe_forward_impl' in page
 
 
+def test_a_limit_does_not_replace_what_has_run(tmp_path: Path) -> None:
+    write_page(tmp_path, {GOOD['config']: GOOD})
+    stopped = dict(FAILED, config=GOOD['config'], limited={'seconds': 1})
+    assert '1 of them also run compressed' in write_page(tmp_path, {GOOD['config']: stopped})
+
+
 def test_what_falls_short_is_listed_with_its_reason(tmp_path: Path) -> None:
     thin = {
         **GOOD,
@@ -140,7 +146,10 @@ def test_what_is_wrong_is_complained_about(change: dict[str, Any], said: str) ->
     [
         ('ImportError: Failed to import custom modules from mmpretrain.models', 'needs mmpretrain'),
         ('RuntimeError: lap is not installed, please install it', 'needs another package'),
-        ('RuntimeError: [enforce fail at alloc_cpu.cpp:121]', 'needs more than 8 GB'),
+        (
+            'RuntimeError: [enforce fail at alloc_cpu.cpp:121]',
+            'needs more memory than a trial gets',
+        ),
         ('ImportError: please install it by: pip install transformers', 'needs transformers'),
         ('ImportError: Please install Detectron2 first', 'needs detectron2'),
         ('ImportError: Please run "pip install sklearn" to install it', 'needs scikit-learn'),

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mmdet
 import pytest
 import torch
 from mmengine.model import BaseModel
@@ -59,6 +60,7 @@ def test_a_model_that_wants_too_much_memory_is_refused_it(tmp_path: Path) -> Non
     assert result['status'] == 'dense fails'
     assert 'memory' in result['reason']
     assert result['peak_mb'] < 4096
+    assert result['limited'] == {'memory_gb': 4.0}
 
 
 def test_a_process_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
@@ -69,6 +71,19 @@ def test_a_process_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
 def test_a_model_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     result = misbehave(tmp_path, 'sleeps', seconds=2)
     assert (result['status'], result['reason']) == ('dense fails', 'stopped after 2 s')
+    assert result['limited'] == {'seconds': 2}
+
+
+def test_what_a_limit_stopped_is_tried_again_under_a_larger_one(tmp_path: Path) -> None:
+    row = dict(config='a.py', status='dense fails', limited={'seconds': 2})
+    (tmp_path / 'results.jsonl').write_text(json.dumps(row) + '\n')
+    catalogue = dict(mmdet=mmdet.__version__, entries=[vars(Entry('a.py', 'a', 'A', problem='x'))])
+    (tmp_path / 'catalogue.json').write_text(json.dumps(catalogue))
+    for seconds, status in ((1.0, 'dense fails'), (900.0, 'unread')):
+        options = Options(
+            tmp_path / 'results.jsonl', tmp_path / 'log.txt', only=('a.py',), seconds=seconds
+        )
+        assert run_zoo(options, say=lambda _: None)['a.py']['status'] == status
 
 
 def test_a_dense_failure_is_told_in_the_stock_models_words(tmp_path: Path) -> None:
