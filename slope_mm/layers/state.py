@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -44,6 +45,25 @@ class SavedState(SharedWeightScope, QuantizedInput):
     def first_state(self, device: torch.device) -> dict[str, Tensor]:
         """What the layer adds to the state dict, as it is before anything is known."""
         raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As the module's, but ``half()`` and its like leave steps in fp32.
+
+        Rounded to 8 or 11 bits they would give other levels, and other codes.
+        """
+        before = {key: step.data for key, step in self._steps_of_fp32()}
+        super()._apply(fn, recurse)
+        for key, step in before.items():
+            now = self._parameters[key]
+            if now is not None and now.dtype in (torch.float16, torch.bfloat16):
+                now.data = step.to(now.device)
+        return self
+
+    def _steps_of_fp32(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for key in ('slope_step', 'slope_act_step'):
+            step = self._parameters.get(key)
+            if step is not None and step.dtype == torch.float32:
+                yield key, step
 
     def _make_real(self) -> None:
         """Gives a layer that was built on ``meta`` what a stock checkpoint did not bring."""

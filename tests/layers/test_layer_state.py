@@ -177,3 +177,16 @@ def test_the_latent_weight_is_the_stock_key() -> None:
     stock_part = {k: v for k, v in model.state_dict().items() if 'slope_' not in k}
     assert list(stock_part) == list(expected)
     assert torch.equal(stock_part['conv.weight'], expected['conv.weight'])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_steps_stay_in_fp32_when_the_model_is_halved(dtype: torch.dtype) -> None:
+    layer = compress(nn.Linear(16, 16), W4A4)
+    layer(torch.randn(4, 16))
+    before = {key: step.detach().clone() for key, step in layer.steps.items()}
+    layer.eval().to(dtype)
+    assert layer.weight.dtype == dtype
+    assert layer(torch.randn(4, 16, dtype=dtype)).dtype == dtype
+    for key, step in layer.steps.items():
+        assert step.dtype == torch.float32
+        assert torch.equal(step, before[key]), key
