@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,11 @@ def export_onnx(
     check_target(folder)
     detector = detector.eval()
     parts = detector_parts(detector)
-    _refuse_uncalibrated(detector)
     inputs: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        for name, found in capture_inputs(detector, batch).items():
-            inputs.setdefault(name, []).extend(found)
+    with _refusing_uncalibrated(detector):
+        for batch in batches:
+            for name, found in capture_inputs(detector, batch).items():
+                inputs.setdefault(name, []).extend(found)
     for part in parts:
         if part.name not in inputs:
             raise ExportError(
@@ -197,8 +198,21 @@ def _size_step(detector: Any) -> int:
     return divisor * -(-32 // divisor)
 
 
-def _refuse_uncalibrated(detector: nn.Module) -> None:
-    names = [name for name, layer in compressed_layers(detector).items() if not layer.calibrated]
+@contextmanager
+def _refusing_uncalibrated(detector: nn.Module) -> Iterator[None]:
+    """Refuses layers that run within the scope and have no input range; idle ones have none."""
+    ran: list[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, layer in compressed_layers(detector).items()
+        if not layer.calibrated
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = list(dict.fromkeys(ran))
     if names:
         raise ExportError(
             f"{len(names)} input quantizers have no range yet ('{names[0]}', ...); train or"

@@ -314,6 +314,19 @@ def test_uncalibrated_inputs_are_refused(
         export_onnx(model, tmp_path / 'out', batches)
 
 
+def test_a_layer_that_never_runs_needs_no_range(
+    mask_rcnn: nn.Module, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model: Any = copy.deepcopy(mask_rcnn)
+    spare = copy.deepcopy(model.backbone.layer2[0].conv1)
+    spare.slope_act_signed.fill_(-1)
+    spare._act_states = [-1]
+    assert not spare.calibrated
+    model.backbone.spare = spare
+    export_onnx(model, tmp_path / 'out', batches)
+    assert (tmp_path / 'out' / 'detector.json').is_file()
+
+
 def test_the_gate_tolerates_what_pytorch_itself_is_unsure_of(
     mask_rcnn: nn.Module, batches: list[dict[str, Any]]
 ) -> None:
