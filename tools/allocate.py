@@ -11,6 +11,7 @@ from slope_mm.allocation.command import Request, run
 from slope_mm.allocation.quantities import parse_operations, parse_size
 from slope_mm.allocation.sensitivity import MEASURES
 from slope_mm.engine import launch
+from slope_mm.engine.config_files import check_out
 from slope_mm.engine.data_files import check_data
 from slope_mm.errors import ConfigError
 
@@ -47,8 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.out.exists() and not args.force:
-        raise ConfigError(f"'{args.out}' is there already; choose another name or add --force")
+    check_out(args.out, args.config, args.force)
     if args.batches < 1:
         raise ConfigError(f'--batches {args.batches} is not a number of batches >= 1')
     config = launch.read_config(args.config)

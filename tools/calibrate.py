@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from mmengine.config import DictAction
@@ -49,6 +50,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.out.exists() and Path(args.checkpoint).exists() and args.out.samefile(args.checkpoint):
+        raise ConfigError(f"'{args.out}' is the dense start itself; choose another name")
+    there = next(folder for folder in args.out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"'{args.out}' cannot be written: '{there}' is no folder to write to; choose another"
+            ' place'
+        )
     if args.out.exists() and not args.force:
         raise ConfigError(f"'{args.out}' is there already; choose another name or add --force")
     for name in ('batches', 'memory'):

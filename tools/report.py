@@ -32,6 +32,11 @@ def main() -> None:
         launch.load_weights(model, args.checkpoint)
         result = slope_mm.report(model, title=f'{args.checkpoint} of {args.config}')
     print(result)
+    if args.checkpoint is not None and str(args.checkpoint).endswith('.slope'):
+        print(
+            'Cosine and SQNR compare a weight with its compressed form, and a packed file has the'
+            ' compressed form alone: they say nothing here; give the checkpoint for them.'
+        )
     if args.csv:
         result.to_csv(args.csv)
 

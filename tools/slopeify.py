@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from mmengine.utils import get_installed_path
@@ -11,6 +10,7 @@ from mmengine.utils import get_installed_path
 import slope_mm  # noqa: F401 - registers the plug-ins
 from slope_mm.analysis.plan import child_config, config_report, read_recipe
 from slope_mm.engine import launch
+from slope_mm.engine.config_files import check_out, write_config
 from slope_mm.engine.dense_start import refuse_compressed
 from slope_mm.errors import ConfigError
 
@@ -44,42 +44,6 @@ def installed_config(name: str) -> str:
             f"'{name}' is of the package '{package}', which is not installed; install it, or give"
             ' the path of a config file'
         ) from error
-
-
-def check_out(out: Path, path: str, force: bool) -> None:
-    """Refuses what cannot be the config to write.
-
-    Raises:
-        ConfigError: If it is there already, is the config to read, or is no Python file.
-    """
-    if out.suffix != '.py':
-        raise ConfigError(f"'{out}' does not end in .py, as configs do; choose another name")
-    if out.exists() and Path(path).exists() and out.samefile(path):
-        raise ConfigError(f"'{out}' is the config that it would inherit from; choose another name")
-    if out.exists() and not force:
-        raise ConfigError(f"'{out}' is there already; choose another name or add --force")
-
-
-def write_config(out: Path, text: str) -> None:
-    """Writes a config once it can be read.
-
-    Raises:
-        ConfigError: If it cannot be read or written; what was there before is as it was.
-    """
-    draft = out.with_name(f'{out.stem}_draft_{os.getpid()}.py')
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text)
-        try:
-            # Read back: what was written has to inherit.
-            launch.read_config(str(draft))
-            draft.replace(out)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"'{out}' cannot be written ({error.strerror}); choose another place"
-        ) from None
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from slope_mm.allocation.sensitivity import sensitivities
 from slope_mm.analysis.bops import macs_by_layer
 from slope_mm.engine.calibration import calibrate
 from slope_mm.engine.calibration_images import calibration_batches, fixed_statistics, run_losses
+from slope_mm.engine.config_files import write_config
 from slope_mm.engine.dense_start import load_dense
 from slope_mm.engine.packed import stock_config
 from slope_mm.errors import ConfigError
@@ -92,15 +93,16 @@ def run(config: Config, request: Request, out: Path) -> str:
     budget = Budget(model, recipe, options, errors, header, macs, set_ranges if batches else None)
     found = budget.solve(request.size, request.bops)
     told = summary(budget, found, request)
-    out.parent.mkdir(parents=True, exist_ok=True)
     comment = (
         f'Written by tools/allocate.py: {_limits(request)}, measured by {request.measure} error.'
     )
-    out.write_text(allocated_config(request.config, out, found.recipe, request.checkpoint, comment))
-    # Read back: what was written has to inherit, and to mean what was solved.
-    written = Recipe.parse(Config.fromfile(str(out)).model.recipe.to_dict())
-    if written != found.recipe:
-        raise ConfigError(f"'{out}' does not carry the recipe that was solved; report this")
+
+    def is_what_was_solved(written: Config) -> None:
+        if Recipe.parse(written.model.recipe.to_dict()) != found.recipe:
+            raise ConfigError(f"'{out}' does not carry the recipe that was solved; report this")
+
+    text = allocated_config(request.config, out, found.recipe, request.checkpoint, comment)
+    write_config(out, text, is_what_was_solved)
     return told
 
 

@@ -152,7 +152,6 @@ class Processes:
                     text=True,
                     errors='replace',
                     env=environment,
-                    cwd=ROOT,
                     start_new_session=True,
                     pass_fds=() if lock is None else (lock,),
                 )

@@ -332,7 +332,9 @@ def _conditions(results: Results) -> list[str]:
     kept = sorted({_versions(row['versions']) for row in rows})
     starts = {row['config_hash']: row['wall_s'] for row in results.starts}
     # By the clock: whatever else ran beside them is in it.
-    hours = (sum(row['wall_s'] for row in results.rows) + sum(starts.values())) / 3600
+    # Equal arms are one run.
+    trials = {row['config_hash']: row['wall_s'] for row in results.rows}
+    hours = (sum(trials.values()) + sum(starts.values())) / 3600
     return [
         '## Conditions',
         '',
@@ -344,7 +346,7 @@ def _conditions(results: Results) -> list[str]:
         '',
         *(f'- {text}' for text in machines),
         *(f'- {text}' for text in kept),
-        f'- {len(results.rows)} trials and {len(starts)} starts took {hours:.1f} hours by'
+        f'- {len(trials)} trials and {len(starts)} starts took {hours:.1f} hours by'
         ' the clock, whatever ran beside them.',
         '',
     ]

@@ -185,6 +185,20 @@ def test_it_looks_in_the_first_iteration_and_then_at_intervals(tmp_path: Path) -
     assert looks == [1, 3, 6]
 
 
+def test_another_run_in_the_folder_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """A run that starts anew keeps the old table under another name."""
+    config = tiny.toy_config(tmp_path, train_cfg__max_iters=2)
+    old = tmp_path / 'slope_layers.csv'
+    old.write_text('of the run before\n')
+    hook = SlopeMonitorHook(picture=False)
+    runner = tiny.Runner.from_cfg(config)
+    hook.after_val_epoch(runner)
+    hook.after_val_epoch(runner)
+    assert not old.read_text().startswith('of the run before')
+    (kept,) = tmp_path.glob('slope_layers_before_*.csv')
+    assert kept.read_text() == 'of the run before\n'
+
+
 @pytest.mark.parametrize('interval', [0, 2.5, None])
 def test_bad_interval(interval: Any) -> None:
     with pytest.raises(ConfigError, match='is not a number of iterations >= 1'):

@@ -61,6 +61,19 @@ def test_data_of_a_storage_backend_are_left_to_it(slope_run: tiny.Run) -> None:
         check_data(loader, 'test_dataloader')
 
 
+def test_no_tool_writes_over_what_it_reads(slope_run: tiny.Run, tmp_path: Path) -> None:
+    config = Path(slope_run.file)
+    before = config.read_bytes(), Path(slope_run.checkpoint).read_bytes()
+    allocate = ('allocate', config, slope_run.checkpoint, '--size', '1MB', '--force', '-o')
+    assert_refused(*call(*allocate, config), ['is the config that it would inherit from'])
+    assert_refused(*call(*allocate, tmp_path / 'mine'), ['does not end in .py'])
+    calibrate = ('calibrate', config, slope_run.checkpoint)
+    assert_refused(*call(*calibrate, slope_run.checkpoint, '--force'), ['is the dense start'])
+    below_a_file = (*calibrate, config / 'out.pth')
+    assert_refused(*call(*below_a_file), ['cannot be written', 'is no folder to write to'])
+    assert (config.read_bytes(), Path(slope_run.checkpoint).read_bytes()) == before
+
+
 def test_configs_that_cannot_be_read_end_in_one_line(slope_run: tiny.Run, tmp_path: Path) -> None:
     (tmp_path / 'broken.py').write_text('model = dict(\n')
     work = ('--work-dir', tmp_path / 'work')

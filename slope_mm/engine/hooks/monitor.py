@@ -54,6 +54,7 @@ class SlopeMonitorHook(Hook):
         self._masks: dict[str, Tensor] = {}
         self._flips: dict[str, float] = {}
         self._audited = False
+        self._continues = False
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Asks for the gradients' ratio where a look will follow."""
@@ -85,7 +86,12 @@ class SlopeMonitorHook(Hook):
         if not layers or not is_main_process():
             return
         rows = [layer_metrics(name, layer) for name, layer in layers.items()]
-        self._append_csv(Path(runner.work_dir) / 'slope_layers.csv', runner, rows)
+        table = Path(runner.work_dir) / 'slope_layers.csv'
+        if not self._continues and not runner._resume and table.exists():
+            # Of another run in this folder.
+            table.replace(table.with_name(f'slope_layers_before_{runner.timestamp}.csv'))
+        self._continues = True
+        self._append_csv(table, runner, rows)
         if self.picture:
             from slope_mm.analysis.figures import draw_layers
 
