@@ -14,6 +14,8 @@ from slope_mm.errors import ConfigError
 
 Result = Mapping[str, Any]
 
+# What is said where the system refuses memory.
+OUT_OF_MEMORY = r'alloc|memory|MemoryError'
 # What a stock failure is called in the summary, by what its message says.
 CAUSES = (
     (r'mmpretrain', 'needs mmpretrain'),
@@ -25,7 +27,7 @@ CAUSES = (
     (r'FileNotFoundError', "inherits from a config that mmdet's package lacks"),
     (r'not compiled|CUDA|cuda|not implemented on CPU|implementation for device cpu', 'needs a GPU'),
     (r'NotImplementedError', 'does not train as a whole'),
-    (r'alloc|memory|MemoryError', 'needs more memory than a trial gets'),
+    (OUT_OF_MEMORY, 'needs more memory than a trial gets'),
     (r'stopped after', 'takes too long here'),
 )
 # What may have installed a package: OpenMMLab, or the maintained forks.

@@ -27,11 +27,10 @@ import torch
 from slope_mm.errors import ConfigError
 from slope_mm.zoo.catalogue import RELATIVES, Entry, catalogue, one_line, relatives
 from slope_mm.zoo.configs import stock_zoo_config
+from slope_mm.zoo.page import OUT_OF_MEMORY
 from slope_mm.zoo.trial import DenseFailure, peak_mb, try_config
 
 Result = dict[str, Any]
-# What is said where the system refuses memory.
-OUT_OF_MEMORY = r'alloc|memory|MemoryError'
 
 
 @dataclass(frozen=True)

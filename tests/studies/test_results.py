@@ -82,6 +82,15 @@ def test_a_table_says_what_the_rows_say(study: Study) -> None:
     assert cells(text, '2:4 + 2 bit (table 7)', 'naive 2:4 W2')[5] == '–'
 
 
+def test_equal_arms_are_counted_as_the_one_run_that_they_are(study: Study) -> None:
+    results = synthetic_results(study)
+    one, other, *_ = results.rows
+    results.rows[:] = [one, {**one, 'arm': other['arm']}]
+    assert '- 1 trials and 0 starts took 0.0 hours' in markdown(study, results)
+    results.rows[1]['config_hash'] = 'another'
+    assert '- 2 trials and 0 starts took 0.1 hours' in markdown(study, results)
+
+
 def test_training_losses_and_flips_are_those_of_the_curves(study: Study) -> None:
     results = synthetic_results(study)
     for row in results.rows:

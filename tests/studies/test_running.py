@@ -106,6 +106,16 @@ def test_a_process_that_fails_says_why_and_leaves_its_log(tmp_path: Path) -> Non
     assert 'before' in log.read_text()
 
 
+def test_a_process_runs_where_its_study_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data and checkpoints that a study names relatively are those that it was checked with."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, '-c', 'import os; print(os.getcwd())']
+    Processes().run(command, dict(os.environ), tmp_path / 'log')
+    assert (tmp_path / 'log').read_text().splitlines()[-1] == str(tmp_path.resolve())
+
+
 def test_stopping_ends_what_a_process_started_too(tmp_path: Path) -> None:
     processes = Processes()
     child = 'import os, time; print("child", os.getpid(), flush=True); time.sleep(60)'
