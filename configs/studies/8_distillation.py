@@ -1,16 +1,15 @@
 # Study 8: distillation from the fp32 detector on top of SLOPE, and what becomes of batch norms.
-_base_ = '../_base_/studies/shapes_short.py'
+_base_ = '../_base_/studies/detection.py'
 title = 'Distillation, and batch norm statistics'
+tasks = dict(_delete_=True, shapes_trained_short={{_base_._trained_short}})
 seeds = [0, 1, 2]
 _recipe = dict(weight=dict(sparsity='2:4', bits=2))
 _cosine = dict(type='cosine', weight=1.0)
-# The teacher is the fp32 detector of three epochs, as the dense start (12 epochs
-# from scratch) is below its students. `python tools/train.py` makes it of
-# configs/mask_rcnn_r18_shapes_scratch.py first and of configs/mask_rcnn_r18_shapes_fp32.py then.
+# The teacher is the dense detector that its students start from.
 _teacher = dict(
     type='slope_mm.SlopeDistillationHook',
     config='configs/mask_rcnn_r18_shapes_fp32.py',
-    checkpoint='work_dirs/mask_rcnn_r18_shapes_fp32/epoch_3.pth',
+    checkpoint='{start}',
 )
 
 

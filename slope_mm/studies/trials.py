@@ -24,6 +24,8 @@ from slope_mm.studies.study import Arm, Start, Study, Task
 START = 'start'
 RUNS = 'runs'
 WEIGHTS = 'model.pth'
+# In an arm's hooks: the weights that its task starts from.
+START_WEIGHTS = '{start}'
 RESULT = 'result.json'
 # What a config says about where things lie, which changes no result.
 PLACES = ('work_dir', 'load_from', 'filename')
@@ -236,7 +238,7 @@ def arm_trial(
         raise ConfigError(f'{where}: {error}') from None
     context = surroundings(task, site, source(task.start, start, config))
     text = described(config)
-    key = hash_of({'config': text, 'metrics': task.metrics, **context})
+    key = hash_of({'config': text, 'metrics': task.metrics, **context, **hook_files(config)})
     optimizer = text.get('optim_wrapper', {})
     schedule = {name: text.get(name) for name in SCHEDULE}
     schedule['optimizer'] = {name: optimizer.get(name) for name in OPTIMIZER}
@@ -247,6 +249,7 @@ def arm_trial(
         config.load_from = str(start.weights)
     elif task.start is not None:
         config.load_from = task.start.checkpoint
+    fill_in_start(config, where)
     return Trial(task, arm, seed, config, key, schedule_key, folder, start)
 
 
@@ -259,10 +262,42 @@ def source(start: Start | None, trial: Trial | None, config: Config) -> str:
     """What a trial starts from, as part of its hash."""
     if trial is not None:
         return trial.key
-    given = str(config.get('load_from') if start is None else start.checkpoint)
-    # A file may be replaced by another of its name.
-    there = Path(given).expanduser().is_file()
-    return f'{given} {digest_now(given)}' if there else given
+    return with_digest(str(config.get('load_from') if start is None else start.checkpoint))
+
+
+def with_digest(path: str) -> str:
+    """A checkpoint's place and what is there: a file may be replaced by another of its name."""
+    there = Path(path).expanduser().is_file()
+    return f'{path} {digest_now(path)}' if there else path
+
+
+def hook_files(config: Config) -> dict[str, list[str]]:
+    """The checkpoints that hooks read, such as a teacher's, as part of a trial's hash.
+
+    Nothing where there are none, so that hashes of such trials are what they were.
+    """
+    hooks = config.get('custom_hooks') or []
+    named = [str(hook['checkpoint']) for hook in hooks if hook.get('checkpoint')]
+    files = [with_digest(path) for path in named if path != START_WEIGHTS]
+    return {'files': files} if files else {}
+
+
+def fill_in_start(config: Config, where: str) -> None:
+    """Puts the task's start where hooks ask for it.
+
+    Raises:
+        ConfigError: If the task has no start.
+    """
+    for hook in config.get('custom_hooks') or []:
+        for key, value in hook.items():
+            if value != START_WEIGHTS:
+                continue
+            if not config.get('load_from'):
+                raise ConfigError(
+                    f'{where}: {hook["type"]} asks for the weights that the task starts from, but'
+                    ' the task has no start; name a checkpoint'
+                )
+            hook[key] = str(config.load_from)
 
 
 def arm_config(task: Task, arm: Arm, seed: int) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from slope_mm.studies.runner import Runner
 from slope_mm.studies.study import Start, Study
 from slope_mm.studies.study_file import parse_study, read_study
 from slope_mm.studies.tables import markdown
-from slope_mm.studies.trials import Site, plan_trials
+from slope_mm.studies.trials import Site, Trial, plan_trials
 
 ROOT = Path(__file__).parents[2]
 DIFFER = 'The weights of the starts differ'
@@ -90,7 +91,7 @@ def test_a_digest_of_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def checkpoint_study(
-    tiny_config: Callable[..., Config], folder: Path, checkpoint: str | None
+    tiny_config: Callable[..., Config], folder: Path, checkpoint: str | None, **arm: Any
 ) -> Study:
     """A study of fp32 on the tiny shapes, from a checkpoint or from scratch."""
     config = tiny_config(folder, 'mask_rcnn_r18_shapes_fp32')
@@ -103,10 +104,22 @@ def checkpoint_study(
     text = {
         'tasks': {'shapes': task},
         'seeds': [0, 1],
-        'arms': [{'name': 'fp32'}],
+        'arms': [{'name': 'fp32', **arm}],
         'tables': [{'arms': ['*'], 'against': 'fp32'}],
     }
     return parse_study(text, 'study')
+
+
+def taught_by(checkpoint: str, **more: Any) -> dict[str, Any]:
+    """An arm with a teacher."""
+    teacher = {'type': 'slope_mm.SlopeDistillationHook', 'checkpoint': checkpoint, **more}
+    teacher['config'] = 'configs/mask_rcnn_r18_shapes_fp32.py'
+    recipe = {'weight': {'sparsity': '2:4', 'bits': 4}}
+    return {'recipe': recipe, 'options': {'slope_hooks': [teacher]}}
+
+
+def teachers_of(trial: Trial) -> list[str]:
+    return [hook['checkpoint'] for hook in trial.config.custom_hooks if 'checkpoint' in hook]
 
 
 def test_a_trial_knows_what_it_starts_from(
@@ -130,6 +143,44 @@ def test_a_start_that_was_replaced_is_another_trial(
     keys = []
     for factor in (1.0, 1.0, 0.5):
         torch.save({key: value * factor for key, value in state.items()}, start)
+        trials, _ = plan_trials(study, Site(tmp_path))
+        keys.append({trial.key for trial in trials})
+    assert keys[0] == keys[1] and not keys[0] & keys[2]
+
+
+def test_a_teacher_may_be_the_start(
+    dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    start = str(dense_run.checkpoint)
+    study = checkpoint_study(tiny_config, tmp_path, start, **taught_by('{start}'))
+    trials, _ = plan_trials(study, Site(tmp_path))
+    assert [teachers_of(trial) for trial in trials] == [[start]] * 2
+    study = checkpoint_study(tiny_config, tmp_path, None, **taught_by('{start}'))
+    with pytest.raises(SlopeError, match='has no start'):
+        plan_trials(study, Site(tmp_path))
+
+
+def test_a_start_that_the_study_trains_is_the_teacher_of_its_trials(tmp_path: Path) -> None:
+    study = read_study(ROOT / 'configs/studies/8_distillation.py')
+    trials, skipped = plan_trials(study, Site(tmp_path))
+    assert not skipped
+    taught = [trial for trial in trials if teachers_of(trial)]
+    assert {trial.arm_name for trial in taught} >= {'naive + distillation', 'SLOPE + logits'}
+    for trial in taught:
+        assert trial.start is not None
+        assert teachers_of(trial) == [str(trial.start.weights)] == [trial.config.load_from]
+
+
+def test_a_teacher_that_was_replaced_is_another_trial(
+    dense_run: tiny.Run, tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    teacher = tmp_path / 'teacher.pth'
+    study = checkpoint_study(
+        tiny_config, tmp_path, str(dense_run.checkpoint), **taught_by(str(teacher))
+    )
+    keys = []
+    for value in (1.0, 1.0, 0.5):
+        saved(teacher, weight=torch.full((2,), value))
         trials, _ = plan_trials(study, Site(tmp_path))
         keys.append({trial.key for trial in trials})
     assert keys[0] == keys[1] and not keys[0] & keys[2]
