@@ -11,6 +11,19 @@ _teacher = dict(
     config='configs/mask_rcnn_r18_shapes_fp32.py',
     checkpoint='{start}',
 )
+# Masks as well as boxes.
+_masks = dict(
+    _teacher,
+    mirrored=[
+        'backbone',
+        'neck',
+        'rpn_head',
+        'roi_head.bbox_roi_extractor',
+        'roi_head.bbox_head',
+        'roi_head.mask_roi_extractor',
+        'roi_head.mask_head',
+    ],
+)
 
 
 def _arm(name, *hooks, regularizer=_cosine):
@@ -30,13 +43,14 @@ arms = [
     _arm('SLOPE + features', dict(logit_weight=0.0, **_teacher)),
     _arm('SLOPE + logits', dict(feature_weight=0.0, **_teacher)),
     _arm('SLOPE + distillation', _teacher),
+    _arm('naive + distillation, masks too', _masks, regularizer=dict(type='none')),
     *(_arm(f'batch norms {_p}', _norms(_p)) for _p in ('frozen', 'adapting', 're-estimated')),
 ]
 tables = [
     dict(
         title='Distillation, 2:4 W2',
-        arms=['fp32', 'naive', 'naive + distillation', 'SLOPE', 'SLOPE + *'],
-        against='SLOPE',
+        arms=['fp32', 'naive', 'naive + *', 'SLOPE', 'SLOPE + *'],
+        against='naive',
         reference='fp32',
     ),
     dict(
@@ -44,6 +58,10 @@ tables = [
         arms=['SLOPE', 'batch norms *'],
         against='SLOPE',
         reference='fp32',
+    ),
+    dict(
+        title='Distillation under SLOPE',
+        pairs=[[f'SLOPE + {_what}', 'SLOPE'] for _what in ('features', 'logits', 'distillation')],
     ),
 ]
 figures = [

@@ -270,8 +270,10 @@ def by_class(logits: Tensor, head: nn.Module) -> Tensor:
 
 
 def uses_sigmoid(head: nn.Module) -> bool:
-    """Whether a head's class loss takes logits as decisions of their own."""
+    """Whether a head's loss takes logits as decisions of their own, a mask head's pixels too."""
     kind = getattr(head, 'use_sigmoid_cls', None)
+    if kind is None:
+        kind = getattr(getattr(head, 'loss_mask', None), 'use_mask', None)
     if kind is None:
         kind = getattr(getattr(head, 'loss_cls', None), 'use_sigmoid', False)
     return bool(kind)

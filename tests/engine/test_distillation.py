@@ -115,6 +115,33 @@ def test_a_teacher_with_the_same_weights_has_nothing_to_teach(
     assert found[FEATURES] == pytest.approx(0, abs=1e-8) and found[LOGITS] > 1e-4
 
 
+def test_masks_are_compared_pixel_by_pixel(config: Config) -> None:
+    student = tiny.build(config).eval()
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        teacher.roi_head.mask_head.conv_logits.weight.mul_(-3)
+    student.training = True
+    seen: dict[str, torch.Tensor] = {}
+    for whose, model in (('student', student), ('teacher', teacher)):
+        model.roi_head.mask_head.register_forward_hook(
+            lambda _, args, output, whose=whose: seen.update({whose: output.detach()})
+        )
+    names = ('roi_head.mask_roi_extractor', 'roi_head.mask_head')
+    loss = DistillationLoss((), names[1:])
+    distillation = Distillation(student, teacher, (*TWO_STAGE, *names), loss)
+    detector: Any = student
+    data = detector.data_preprocessor(tiny.first_batch(config), True)
+    found = detector._run_forward(data, mode='loss')[LOGITS].item()
+    distillation.detach()
+    # One decision a pixel and class, as the head's own loss has it.
+    q, p = (
+        torch.distributions.Bernoulli(logits=seen[whose].double() / 2)
+        for whose in ('student', 'teacher')
+    )
+    expected = 4 * torch.distributions.kl_divergence(p, q).mean().item()
+    assert found == pytest.approx(expected, rel=1e-4) and found > 1e-3
+
+
 def test_every_head_of_a_cascade_is_compared(config: Config) -> None:
     config = copy.deepcopy(config)
     roi = config.model.roi_head

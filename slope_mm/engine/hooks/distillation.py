@@ -31,7 +31,8 @@ class SlopeDistillationHook(Hook):
         config (str): The teacher's config: the dense detector's.
         checkpoint (str): Its trained weights.
         mirrored (sequence of str): Modules that the teacher runs. Defaults to those of a two-stage
-            detector; ``['backbone', 'neck', 'bbox_head']`` for a one-stage one.
+            detector; ``['backbone', 'neck', 'bbox_head']`` for a one-stage one. With
+            ``'roi_head.mask_roi_extractor'`` and ``'roi_head.mask_head'`` masks are compared too.
         features (sequence of str): Of these, the ones whose outputs are compared. Defaults to
             ``['neck']``.
         logits (sequence of str): The ones whose class logits are. Defaults to all heads mirrored.
