@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slope_mm.benchmark.detectors import (
     SameProposals,
@@ -27,7 +28,7 @@ from slope_mm.benchmark.detectors import (
     read_stock,
 )
 from slope_mm.benchmark.interleave import Timings, interleave
-from slope_mm.convert import bake
+from slope_mm.convert import bake, compressed_layers
 from slope_mm.engine import launch
 from slope_mm.engine.calibration import observing
 from slope_mm.engine.packed import stock_model
@@ -67,6 +68,8 @@ def inference(args: Namespace, progress: Progress) -> tuple[list[dict[str, Any]]
         stock, compressed = build_models(config, args)
         batch = _batch(stock, config, size, args.checkpoint)
         _calibrate(compressed, batch)
+        if args.checkpoint is None:
+            _move_apart(compressed)
         with tempfile.TemporaryDirectory() as folder:
             arms = Arms(
                 stock, compressed, batch, Path(folder), args.threads, args.checkpoint is None
@@ -89,6 +92,7 @@ def build_models(config: Config, args: Namespace) -> tuple[nn.Module, nn.Module]
     compressed: Any = launch.build_model(compressed_config)
     if args.checkpoint is None:
         compressed.init_weights()
+        _fill(compressed)
     else:
         launch.load_weights(compressed, args.checkpoint)
     section = stock_model(compressed_config.model.to_dict())
@@ -114,6 +118,34 @@ def _calibrate(model: nn.Module, batch: dict[str, Any]) -> None:
     """Gives uncalibrated input quantizers the range of this batch."""
     with observing(model):
         capture_inputs(model, copy.deepcopy(batch))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    """Gives batch norms and biases values, as training does: zeros may be easier to compute."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for spread in (module.running_var, module.weight):
+                assert spread is not None
+                spread.uniform_(0.7, 1.4, generator=generator)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(('.bias', '.running_mean')):
+            value.normal_(0, 0.1, generator=generator)
+
+
+@torch.no_grad()
+def _move_apart(model: nn.Module) -> None:
+    """Moves input steps by a few percent, as training does, each by its own.
+
+    Layers that read the same map would otherwise share a quantizer, and whatever can be made of
+    that, as no trained model has it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for layer in compressed_layers(model).values():
+        if layer.slope_act_step is not None:
+            shift = 0.1 * torch.rand((), generator=generator) - 0.05
+            layer.slope_act_step.mul_(1 + shift)
 
 
 @torch.no_grad()

@@ -69,17 +69,23 @@ def net(settings: dict[str, Any] | None, seed: int = 0) -> nn.Module:
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
     if settings is not None:
-        model = slope_mm.convert(model, settings)
-        # A dead channel, once the steps stand.
-        for layer in slope_mm.compressed_layers(model).values():
-            layer.begin_observing()
-        model.eval()(image())
-        for layer in slope_mm.compressed_layers(model).values():
-            (seen,) = layer.end_observing()
-            if seen.seen:
-                layer.set_activation_range(torch.cat(seen.samples), bool(seen.low < 0))
+        model = compressed(model, settings)
+    # A dead channel, once the steps stand.
     model.stem[1].weight.data[0] = 0
     return model.eval()
+
+
+def compressed(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """A model in evaluation, compressed and calibrated on an image."""
+    model = slope_mm.convert(model, settings)
+    for layer in slope_mm.compressed_layers(model).values():
+        layer.begin_observing()
+    model.eval()(image())
+    for layer in slope_mm.compressed_layers(model).values():
+        (seen,) = layer.end_observing()
+        if seen.seen:
+            layer.set_activation_range(torch.cat(seen.samples), bool(seen.low < 0))
+    return model
 
 
 def image(batch: int = 1, height: int = 40, width: int = 48, seed: int = 1) -> Tensor:

@@ -24,6 +24,7 @@ from slope_mm.export.detector import use_onnx_model
 from slope_mm.export.folder import INDEX, read_index
 from slope_mm.export.gate import judge_metrics
 from slope_mm.export.images import image_batches
+from slope_mm.export.nodes import FLOAT_OPERATORS
 from slope_mm.export.parts import detector_parts
 from slope_mm.export.runtime import OnnxPart
 from slope_mm.export.skeleton import trace
@@ -86,8 +87,14 @@ def test_detectors_predict_what_pytorch_predicts(
     facts = index.facts['gate']
     assert sum(facts[part]['input_codes_compared'] for part in parts) > 0
     for part in parts:
-        floats = set(facts[part]['operators']) - {'MatMulIntegerToFloat', 'ConvInteger'}
+        floats = set(facts[part]['operators']) - {
+            'QLinearConv',
+            'MatMulIntegerToFloat',
+            'ConvInteger',
+        }
         assert not floats, f'{part} computes {floats} in floats'
+    # The convolutions within residual blocks, and those of stacked heads, go from codes to codes.
+    assert facts['dense']['operators']['QLinearConv'] >= 5
 
 
 def test_rois_in_pieces_give_what_all_of_them_give(
@@ -339,6 +346,25 @@ def test_the_gate_tolerates_what_pytorch_itself_is_unsure_of(
     assert report.passes and report.tolerance == gate.QUANTIZED_TOLERANCE
     assert {la.name for la in report.layers} <= set(slope_mm.compressed_layers(mask_rcnn))
     assert all(la.codes == la.weights == 0 and la.inputs > 0 for la in report.layers)
+
+
+class OnTheBorder(nn.Module):
+    """Integers in, and halves behind the first layer: a last bit decides how they are rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.constant_(self.layer.weight, 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.round()).round()
+
+
+def test_noise_arises_at_every_layer() -> None:
+    """In the images alone it would end at the first quantizer, and a good export be refused."""
+    part, x = OnTheBorder(), torch.full((1, 1, 8, 8), 5.0)
+    assert torch.equal(part(x * (1 + gate.NOISE * torch.randn(x.shape))), part(x))
+    assert gate._own_noise(part, x) > 0.1
 
 
 class FixedSize(nn.Module):

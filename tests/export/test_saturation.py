@@ -32,7 +32,24 @@ def saturating(graph: onnx.ModelProto) -> list[str]:
             weights = stored[node.input[1]]
             if weights.dtype == np.int8 and not LIMITS.min <= worst(weights) <= LIMITS.max:
                 found.append(node.name or node.output[0])
+        elif node.op_type == 'QLinearConv':
+            weights = stored[node.input[3]].astype(int)
+            # Its input's largest code is a bound of the Clip before it; without one 255.
+            largest = max(
+                (int(stored[n.input[2]]) for n in makers_of(graph, node.input[0])), default=255
+            )
+            if 2 * largest * np.abs(weights).max() > LIMITS.max:
+                found.append(node.name or node.output[0])
     return found
+
+
+def makers_of(graph: onnx.ModelProto, codes: str) -> list[onnx.NodeProto]:
+    """The Clip that codes went through on their way, if any."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    node = makers[codes]
+    while node.op_type in ('Transpose', 'Reshape'):
+        node = makers[node.input[0]]
+    return [node] if node.op_type == 'Clip' else []
 
 
 def worst(weights: np.ndarray) -> int:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from slope_mm.export.nodes import NodeWriter
 from slope_mm.export.runtime import open_session
-from slope_mm.export.windows import NodeWriter, Window, unfold
+from slope_mm.export.windows import Window, unfold
 
 CASES = [
     Window((3, 3), (1, 1), (1, 1)),
