@@ -52,9 +52,9 @@ else:
         install_file_backend,
         load_packed,
         regularization,
+        save_packed,
     )
     from slope_mm.folding import fold_batch_norms
-    from slope_mm.packing.writer import save_packed
     from slope_mm.recipe import Recipe
 
     install_checkpoint_loader()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +63,8 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
         One plan per layer that owns a weight, in the model's order.
 
     Raises:
-        RecipeError: If a rule of the user's matches no layer, or no layer can hold the recipe's
-            pattern.
+        RecipeError: If a rule of the user's matches no layer, or only layers that stay as they are
+            and wants something of them; or if no layer can hold the recipe's pattern.
     """
     recipe = Recipe.parse(recipe)
     found = find_weights(model)
@@ -76,7 +77,7 @@ def plan(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> list[LayerPlan
                 idle = [user for user in idle if user is not rule]
                 last = rule
         plans.append(_plan_layer(weight, recipe, last))
-    _refuse_idle_rules(idle, [name for weight in found for name in weight.names])
+    _refuse_idle_rules(idle, found)
     _refuse_hopeless_pattern(recipe, plans)
     return plans
 
@@ -124,15 +125,36 @@ def _no_sparsity(weight: FoundWeight, kind: type[CompressedLayer], pattern: Patt
     return ''
 
 
-def _refuse_idle_rules(idle: list[Rule], names: list[str]) -> None:
+def _refuse_idle_rules(idle: list[Rule], found: Sequence[FoundWeight]) -> None:
+    names = [name for weight in found for name in weight.names]
     # A prefix is as good a target as a whole name.
     prefixes = [name.rsplit('.', depth)[0] for name in names for depth in range(4)]
     for rule in idle:
+        stays = [w for w in found if rule.matches(w.names, w.types, _input_channels(w))]
+        if stays and not rule.compress:
+            # They stay as they are anyway.
+            continue
+        if stays:
+            reasons = sorted({weight.obstacle for weight in stays})
+            raise RecipeError(
+                f"the recipe's rule match={rule.match!r} speaks of '{stays[0].name}', which stays"
+                f' as it is ({"; ".join(reasons[:3])}); remove the rule'
+            )
         raise RecipeError(
             f"the recipe's rule match={rule.match!r} matches no layer of this model"
-            f'{nearest(rule.match.split(":", 1)[-1], prefixes)}; correct or remove it'
-            ' (tools/report.py prints the names)'
+            f'{nearest(rule.match.split(":", 1)[-1], prefixes)}{_spelling(rule.match, names)};'
+            ' correct or remove it (tools/report.py prints the names)'
         )
+
+
+def _spelling(match: str, names: Sequence[str]) -> str:
+    """A word about how a rule that matches nothing is written, or ``''``."""
+    if match.startswith('re:'):
+        if any(re.search(match[3:], name) for name in names):
+            return f"; an expression has to match whole names: 're:.*{match[3:]}.*'"
+    elif '*' in match or '?' in match:
+        return "; names are no globs: write a prefix, or 're:' and a regular expression"
+    return ''
 
 
 def _refuse_hopeless_pattern(recipe: Recipe, plans: list[LayerPlan]) -> None:

@@ -131,7 +131,10 @@ class Recipe:
         weight = WeightRecipe(**_weight(given['weight'], "the recipe's weight"))
         rules = given.get('rules') or ()
         if not isinstance(rules, Sequence) or isinstance(rules, str):
-            raise RecipeError("the recipe's rules are not a list of dicts")
+            raise RecipeError(
+                "the recipe's rules are not a list of dicts; write them in a config that inherits"
+                ' from this one, as --cfg-options takes no dicts'
+            )
         parsed = cls(
             weight,
             _activation(given.get('activation'), 'the recipe')['bits'],
@@ -318,7 +321,12 @@ def _activation(given: Any, where: str) -> dict[str, int | None]:
 def _rule(given: Any, index: int) -> Rule:
     where = f'rule {index} of the recipe'
     if not isinstance(given, Mapping):
-        raise RecipeError(f"{where} is {given!r}; write dict(match='...', ...)")
+        # What --cfg-options makes of a dict.
+        elsewhere = ' in a config file, as --cfg-options takes no dicts'
+        raise RecipeError(
+            f"{where} is {given!r}; write dict(match='...', ...)"
+            f'{elsewhere if isinstance(given, str) else ""}'
+        )
     rule = _known(given, RULE_KEYS, where)
     match = rule.get('match')
     if not isinstance(match, str) or not match:

@@ -147,7 +147,15 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
     ),
     'expression matches nothing': (
         rules(dict(match='re:conv1')),
-        ["match='re:conv1' matches no layer", 'nearest:'],
+        ["match='re:conv1' matches no layer", 'nearest:', "whole names: 're:.*conv1.*'"],
+    ),
+    'a glob': (
+        rules(dict(match='backbone.*')),
+        ["match='backbone.*' matches no layer", 'no globs: write a prefix'],
+    ),
+    'rules as text': (
+        rules("{'match':'head'}"),
+        ['rule 0 of the recipe is', 'in a config file', '--cfg-options takes no dicts'],
     ),
     'type matches nothing': (
         rules(dict(match='type:Conv3d')),
@@ -191,6 +199,33 @@ def test_bad_input_is_told_what_where_and_what_to_do(case: str) -> None:
     for part in parts:
         assert part in str(raised.value)
     assert fingerprint(model) == before
+
+
+class ScaledConv2d(nn.Conv2d):
+    """A convolution of one's own, of which no compressed kind is known."""
+
+
+def net_with_a_layer_that_stays() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), ScaledConv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
+
+
+@pytest.mark.parametrize('match', ['1', 'type:ScaledConv2d'])
+def test_a_rule_may_leave_out_what_stays_as_it_is(match: str) -> None:
+    model = slope_mm.convert(
+        net_with_a_layer_that_stays(), rules(dict(match=match, compress=False))
+    )
+    assert list(slope_mm.compressed_layers(model)) == ['0', '2']
+
+
+@pytest.mark.parametrize('wanted', [dict(weight=dict(bits=8)), dict(compress=True)])
+def test_a_rule_that_wants_something_of_it_is_told_why_not(wanted: dict[str, Any]) -> None:
+    model = net_with_a_layer_that_stays()
+    before = fingerprint(model)
+    with pytest.raises(RecipeError) as raised:
+        slope_mm.convert(model, rules(dict(match='1', **wanted)))
+    for part in ("speaks of '1'", 'no compressed kind of ScaledConv2d', 'remove the rule'):
+        assert part in str(raised.value)
+    assert 'nearest' not in str(raised.value) and fingerprint(model) == before
 
 
 BREAKS = st.sampled_from(

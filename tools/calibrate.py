@@ -6,10 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
+from slope_mm.engine.config_options import ConfigOptions
 from slope_mm.engine.data_files import check_data
 from slope_mm.engine.stock import evaluate
 from slope_mm.errors import ConfigError
@@ -43,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--evaluate', action='store_true', help='print the metrics of OUT')
     parser.add_argument('--force', action='store_true', help='replace OUT where it exists')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     return parser.parse_args()
 

@@ -7,12 +7,13 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import nn
 
 import slope_mm
 from slope_mm.analysis.size import order0_bits
 from slope_mm.engine import launch
+from slope_mm.engine.config_options import ConfigOptions
 from slope_mm.engine.data_files import check_data
 from slope_mm.engine.packed import stock_config
 from slope_mm.engine.stock import evaluate, is_baked, quantized_inputs, save_stock
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
         sub.add_argument('config', help='config with a SlopeModel')
         sub.add_argument('checkpoint', help='checkpoint of that config, or a packed file')
         sub.add_argument(
-            '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
+            '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
         )
     onnx.add_argument('out', help='the folder to write')
     onnx.add_argument(

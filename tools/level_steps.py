@@ -11,13 +11,14 @@ import copy
 import tempfile
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import nn
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.analysis.levels import LevelStep, level_steps, own_steps
 from slope_mm.engine import launch
 from slope_mm.engine.calibration_images import calibration_batches, run_losses
+from slope_mm.engine.config_options import ConfigOptions
 from slope_mm.engine.data_files import check_data
 from slope_mm.errors import ConfigError
 from slope_mm.oneshot.command import compress
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='its dense start: a checkpoint of the stock model')
     parser.add_argument('--batches', type=int, default=8, help='training batches to measure on')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     return parser.parse_args()
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from mmengine.config import DictAction
-
 import slope_mm
 from slope_mm.analysis.plan import config_report
 from slope_mm.engine import launch
+from slope_mm.engine.config_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -17,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', nargs='?', help='checkpoint of that config')
     parser.add_argument('--csv', help='also write the rows to this file')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     return parser.parse_args()
 

@@ -9,10 +9,11 @@ import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from slope_mm.convert import bake
 from slope_mm.engine import launch
+from slope_mm.engine.config_options import ConfigOptions
 from slope_mm.engine.data_files import check_data
 from slope_mm.engine.launchers import use_launcher
 from slope_mm.engine.stock import is_baked, use_stock_model
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs, nested keys with dots; lists as'
         ' key="[a,b]" or key=a,b',
     )

@@ -6,10 +6,10 @@ import argparse
 import os
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import DictAction
 
 import slope_mm  # noqa: F401 - registers the plug-ins and the safe checkpoint loader
 from slope_mm.engine import launch
+from slope_mm.engine.config_options import ConfigOptions
 from slope_mm.engine.launchers import use_launcher
 
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs, nested keys with dots; lists as'
         ' key="[a,b]" or key=a,b',
     )

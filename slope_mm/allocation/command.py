@@ -21,6 +21,7 @@ from slope_mm.analysis.bops import macs_by_layer
 from slope_mm.engine.calibration import calibrate
 from slope_mm.engine.calibration_images import calibration_batches, fixed_statistics, run_losses
 from slope_mm.engine.config_files import write_config
+from slope_mm.engine.data_files import check_data
 from slope_mm.engine.dense_start import load_dense
 from slope_mm.engine.packed import stock_config
 from slope_mm.errors import ConfigError
@@ -113,6 +114,7 @@ def _quantizes_inputs(recipe: Recipe) -> bool:
 @torch.no_grad()
 def _macs_of_first_image(model: nn.Module, config: Config) -> dict[str, int]:
     """As in studies: the first test image."""
+    check_data(config.get('test_dataloader'), 'test_dataloader')
     dataset = DATASETS.build(config.test_dataloader.dataset)
     loader = Runner.build_dataloader(
         {'dataset': dataset, 'sampler': {'type': 'DefaultSampler'}, 'batch_size': 1}

@@ -28,7 +28,7 @@ from slope_mm.engine.optim_wrapper import (
     SlopeAmpOptimWrapper,
     SlopeOptimWrapper,
 )
-from slope_mm.engine.packed import load_packed
+from slope_mm.engine.packed import load_packed, save_packed
 from slope_mm.engine.regularization import regularization
 from slope_mm.engine.storage import install as install_file_backend
 
@@ -54,4 +54,5 @@ __all__ = [
     'install_file_backend',
     'load_packed',
     'regularization',
+    'save_packed',
 ]

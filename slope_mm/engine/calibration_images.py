@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from slope_mm.engine.calibration import copied_samples, evenly_spread_batches, undisturbed
+from slope_mm.engine.data_files import check_data
 from slope_mm.errors import DataError
 
 
@@ -28,8 +29,9 @@ def calibration_batches(config: Config, batches: int) -> list[Any]:
         batches: How many, of the dataloader's own batch size.
 
     Raises:
-        DataError: If the training data cannot be indexed.
+        DataError: If the training data is not there, or cannot be indexed.
     """
+    check_data(config.get('train_dataloader'), 'train_dataloader')
     init_default_scope(config.get('default_scope') or 'mmdet')
     states = random.getstate(), np.random.get_state()
     try:

@@ -53,6 +53,13 @@ def run_tool(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
 
 
+def _import_reason(error: BaseException) -> str:
+    """What could not be imported: mmengine wraps that in lines about ``sys.path``."""
+    while isinstance(error.__cause__ or error.__context__, ImportError):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(error).splitlines()[0]
+
+
 def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Reads a config file and merges ``--cfg-options`` into it.
 
@@ -79,7 +86,7 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     except ImportError as error:
         raise ConfigError(
             f"config '{path}' needs a package that cannot be imported:"
-            f' {str(error).splitlines()[0]}; install it'
+            f' {_import_reason(error)}; install it, or put the folder that it lies in on PYTHONPATH'
         ) from None
     except SyntaxError as error:
         raise ConfigError(

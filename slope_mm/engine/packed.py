@@ -19,6 +19,8 @@ from slope_mm.packing.loader import load_packed as load_packed_into
 from slope_mm.packing.loader import packed_state_dict
 from slope_mm.packing.plainconfig import from_plain
 from slope_mm.packing.reader import PackedFile
+from slope_mm.packing.writer import SMALLEST, unwrapped
+from slope_mm.packing.writer import save_packed as save_model
 
 # What inference needs of a config, besides the model.
 CONFIG_KEYS = ('default_scope', 'test_dataloader', 'visualizer')
@@ -83,8 +85,9 @@ def by_name(value: Any, key: str = '') -> Any:
         return value
     found = value
     if isinstance(value, str):
-        # One dot may be a scope.
-        found = _object_at(value) if value.count('.') > 1 else None
+        # One dot may be a scope's.
+        path = value.count('.') > (value.split('.')[0] in SCOPES)
+        found = _object_at(value) if path else None
         if found is None:
             return value
     name = registered_name(found)
@@ -110,6 +113,29 @@ def registered_name(kind: Any) -> str | None:
             if known is kind:
                 return f'{registry.scope}.{name}'
     return None
+
+
+def save_packed(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    meta: Mapping[str, Any] | None = None,
+    *,
+    coding: str = SMALLEST,
+    dtype: str | None = None,
+) -> int:
+    """:func:`slope_mm.packing.save_packed`, with the config of a model that knows its own.
+
+    ``mmdet.apis.init_detector`` leaves it in ``model.cfg``; a detector that is built from the file
+    alone needs the pipeline in it. ``meta['config']`` comes first.
+    """
+    inner = unwrapped(model)
+    config = getattr(inner, 'cfg', None)
+    told = dict(meta or {})
+    if isinstance(config, Config) and config.get('model') and 'config' not in told:
+        told['config'] = stock_config(config)
+        if getattr(inner, 'slope_config', None) is not None:
+            told['config']['model'] = inner.slope_config
+    return save_model(model, path, told, coding=coding, dtype=dtype)
 
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:

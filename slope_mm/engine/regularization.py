@@ -156,6 +156,11 @@ class Regularizer:
             raise ConfigError(
                 f'optim_wrapper.regularizer.weight={made.weight!r} is not a number >= 0'
             )
+        if made.type == 'none' and made.weight not in (0, cls.weight):
+            raise ConfigError(
+                f"optim_wrapper.regularizer.weight={made.weight!r} has no effect with type='none';"
+                " set type='cosine' (or 'l2') as well"
+            )
         return made
 
     @property

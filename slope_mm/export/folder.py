@@ -81,6 +81,10 @@ def read_index(folder: str | os.PathLike[str], check: bool = True) -> ExportInde
         ExportError: If it is missing, damaged, or of another version.
     """
     path = Path(folder) / INDEX
+    if Path(folder).is_file():
+        raise ExportError(
+            f"'{os.fspath(folder)}' is a file; give the folder that tools/export.py onnx wrote"
+        )
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         version = content.pop('version')

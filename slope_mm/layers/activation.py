@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -169,6 +170,17 @@ def calibrated_step(samples: Tensor, signed: bool, bits: int) -> Tensor:
     return mse_init_step(samples, activation_codes(bits, signed), axis=None).reshape(1)
 
 
+def _warn_of_full_precision(x: Tensor) -> None:
+    """Says (once, by Python's default) that an evaluation is not that of the recipe."""
+    if not is_compiling() and x.device.type != 'meta' and bool(x.any()):
+        warnings.warn(
+            "a layer's input has no range yet, and is not quantized: the recipe's activation bits"
+            ' are not in what this model computes. Load a compressed checkpoint, or train or'
+            ' calibrate first',
+            stacklevel=2,
+        )
+
+
 def _one_of_several_processes() -> bool:
     distributed = torch.distributed
     return (
@@ -316,6 +328,7 @@ class QuantizedInput(nn.Module):
             return x
         if self._input_state(which) == UNCALIBRATED:
             if not self.training:
+                _warn_of_full_precision(x)
                 return x
             if x.numel() == 0 or _one_of_several_processes():
                 return _unquantized(x, step)

@@ -124,7 +124,7 @@ def pack(
 ) -> bytearray:
     """The content of the file that :func:`save_packed` writes."""
     check_options(coding, dtype)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = {w.name: w.layer for w in find_weights(model) if w.layer is not None}
     keys = {w.name: w.key for w in find_weights(model) if w.layer is not None}
     if not layers:
@@ -166,7 +166,8 @@ def pack(
     return _serialise(header, tensors)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without DDP's and torch.compile's wrappers."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     # torch.compile's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -333,3 +334,17 @@ def test_evaluation_does_not_calibrate(detector: nn.Module, config: Config) -> N
 def test_bad_number_of_batches(batches: Any) -> None:
     with pytest.raises(ConfigError, match='is not a number of batches >= 1'):
         SlopeCalibrationHook(batches=batches)
+
+
+def test_an_evaluation_that_quantizes_no_input_says_so() -> None:
+    recipe = dict(weight=dict(bits=4), activation=dict(bits=4))
+    model = slope_mm.convert(nn.Sequential(nn.Conv2d(3, 16, 3)), recipe).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.warns(UserWarning, match='no range yet, and is not quantized'):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        # A dead branch says nothing about its range, and needs none.
+        model(torch.zeros_like(x))
+        model.train()(x)
+        model.eval()(x)

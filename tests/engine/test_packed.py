@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import slope_mm
 from slope_mm import PackedFileError
 from slope_mm.engine import launch
 from slope_mm.engine.checkpoint import load_checkpoint_file
-from slope_mm.engine.packed import stock_config
+from slope_mm.engine.packed import by_name, stock_config
 from slope_mm.layers import base
 from slope_mm.packing import read_packed, save_packed
 
@@ -86,6 +88,39 @@ def test_mmdet_takes_it_as_a_checkpoint(
     inferencer = DetInferencer(str(slope_run.file), str(packed), device='cpu', show_progress=False)
     found = inferencer(IMAGE)['predictions'][0]
     assert found['scores'] == pytest.approx(expected['scores'].tolist())
+
+
+@pytest.mark.parametrize('own', [False, True])
+def test_a_model_that_knows_its_config_is_saved_with_it(
+    own: bool, slope_run: tiny.Run, expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """As of init_detector: without the pipeline of the config no image could be given to it."""
+    model = init_detector(str(slope_run.file), str(slope_run.checkpoint), device='cpu')
+    given = dict(config=dict(model=model.slope_config)) if own else None
+    slope_mm.save_packed(model, tmp_path / 'model.slope', given)
+    loaded = slope_mm.load_packed(tmp_path / 'model.slope')
+    assert ('test_dataloader' in loaded.cfg) == (not own)
+    assert loaded.dataset_meta['classes'] == model.dataset_meta['classes']
+    if not own:
+        assert_same(predict(loaded), expected)
+
+
+def test_a_class_of_a_module_without_dots_is_carried_by_name() -> None:
+    module = types.ModuleType('own_module')
+    sys.modules['own_module'] = module
+
+    @MODELS.register_module()
+    class OwnHead(nn.Module):
+        pass
+
+    module.OwnHead = OwnHead  # type: ignore[attr-defined]
+    try:
+        found = by_name(dict(a=dict(type='own_module.OwnHead'), b=dict(type='mmdet.RetinaNet')))
+        assert found == dict(a=dict(type='mmengine.OwnHead'), b=dict(type='mmdet.RetinaNet'))
+        assert by_name(dict(type='no_module.Head')) == dict(type='no_module.Head')
+    finally:
+        MODELS.module_dict.pop('OwnHead')
+        del sys.modules['own_module']
 
 
 def test_the_carried_config_is_the_stock_models(packed: Path, slope_run: tiny.Run) -> None:

@@ -169,6 +169,12 @@ def test_a_detector_without_a_dense_head_is_refused(
         export_onnx(other, tmp_path / 'out', batches)
 
 
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / 'model.slope').write_bytes(b'x')
+    with pytest.raises(ExportError, match='model.slope.* is a file; give the folder'):
+        read_index(tmp_path / 'model.slope')
+
+
 def test_damage_is_found(
     mask_rcnn: nn.Module, slope_run: tiny.Run, batches: list[dict[str, Any]], tmp_path: Path
 ) -> None:

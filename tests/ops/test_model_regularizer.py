@@ -204,6 +204,11 @@ def test_a_config_gives_weight_type_granularity_and_gradient() -> None:
         (dict(weight=math.inf), ConfigError, 'weight=inf is not a number >= 0'),
         (dict(weight='1'), ConfigError, "weight='1' is not a number >= 0"),
         ('cosine', ConfigError, "regularizer is 'cosine'; write"),
+        (
+            dict(type='none', weight=10),
+            ConfigError,
+            "no effect with type='none'; set type='cosine'",
+        ),
     ],
 )
 def test_a_bad_config_is_told_what_and_where(

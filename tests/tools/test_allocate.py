@@ -157,3 +157,17 @@ def test_other_inputs_are_refused(
     out.write_text('mine')
     code, _, errors = call('allocate', config_file, dense_run.checkpoint, '--size', '1', '-o', out)
     assert code == 2 and '--force' in errors and out.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('loader', ['train_dataloader', 'test_dataloader'])
+def test_images_that_are_not_there_are_named(
+    loader: str, tiny_config: Callable[..., Config], dense_run: tiny.Run, tmp_path: Path
+) -> None:
+    """Weights are judged without images; ranges of inputs and bit operations are not."""
+    config = tiny_config(tmp_path, 'mask_rcnn_r18_shapes_slope_w4a4', validate=False)
+    config[loader].dataset.data_root = 'nowhere/shapes'
+    file, out = tiny.dump(config, tmp_path / 'config.py'), tmp_path / 'out.py'
+    given = ['--measure', 'sqnr', '--bops', '1G', *FAST]
+    code, _, errors = call('allocate', file, dense_run.checkpoint, *given, '-o', out)
+    assert code == 2 and not out.exists()
+    assert f"error: {loader}: there is no 'nowhere/shapes" in errors.splitlines()[-1]

@@ -108,6 +108,28 @@ def test_mistakes_in_the_config(name: str, tiny_config: MakeConfig, tmp_path: Pa
     assert contents(work_dir) is None
 
 
+@pytest.mark.parametrize(
+    'option', ["model.recipe.rules=[dict(match='neck',compress=False)]", 'nothing', 'a=[1,(2]']
+)
+def test_options_that_cannot_be_read(option: str, slope_run: tiny.Run, tmp_path: Path) -> None:
+    arguments = [slope_run.file, '--work-dir', tmp_path / 'work', '--cfg-options', 'a=1', option]
+    parts = [
+        f'--cfg-options {option!r} cannot be read',
+        'KEY=VALUE',
+        'write a config that inherits',
+    ]
+    assert_refused(*call('train', *arguments), parts)
+    assert contents(tmp_path / 'work') is None
+
+
+def test_a_package_that_is_not_on_the_path(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.custom_imports = dict(imports=['package_that_is_nowhere'], allow_failed_imports=False)
+    file = tiny.dump(config, tmp_path / 'config.py')
+    parts = ["No module named 'package_that_is_nowhere'", 'install it', 'PYTHONPATH']
+    assert_refused(*call('train', file, '--work-dir', tmp_path / 'work'), parts)
+
+
 @pytest.mark.parametrize('existing', [False, True], ids=['new', 'existing'])
 def test_nothing_is_written_or_overwritten(
     tiny_config: MakeConfig, tmp_path: Path, existing: bool
