@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import (
     MODELS,
@@ -87,6 +88,11 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
         raise ConfigError(
             f"config '{path}' needs a package that cannot be imported:"
             f' {_import_reason(error)}; install it, or put the folder that it lies in on PYTHONPATH'
+        ) from None
+    except ConfigParsingError as error:
+        # Of lazy configs: a base that is not there, and the like.
+        raise ConfigError(
+            f"config '{path}' cannot be read: {' '.join(str(error).split())}"
         ) from None
     except SyntaxError as error:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ from slope_mm.engine.refusals import check_optimizer, check_wrapped
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.ops import fused
+
+OWN_KEYS = ('regularizer', 'base_constructor', 'step_lr_mult', 'step_limit', 'compile')
 
 _REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
     OptimWrapper: SlopeOptimWrapper,
@@ -88,8 +91,17 @@ class SlopeOptimWrapperConstructor:
                 f'optim_wrapper.step_lr_mult={self.step_lr_mult} is negative; give 0 for fixed'
                 ' steps or a positive factor'
             )
+        base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        for key in cfg:
+            # What is left is the wrapper's own; one's own wrapper may take anything.
+            meant = difflib.get_close_matches(key, OWN_KEYS, n=1, cutoff=0.8)
+            if meant and meant != [key]:
+                raise ConfigError(
+                    f'optim_wrapper has the key {key!r}, which neither SLOPE nor mmengine knows;'
+                    f' did you mean {meant[0]!r}?'
+                )
         self.base = dict(
-            type=cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor'),
+            type=base,
             optim_wrapper_cfg=cfg,
             paramwise_cfg=paramwise_cfg,
         )

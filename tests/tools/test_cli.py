@@ -70,6 +70,10 @@ def misspelled_regularizer(config: Config) -> None:
     config.optim_wrapper.regularizer = dict(type='cosin')
 
 
+def misspelled_limit(config: Config) -> None:
+    config.optim_wrapper.step_limits = 0.01
+
+
 # What is wrong, and what the error says: what, where, what to do.
 MISTAKES: dict[str, tuple[Callable[[Config], None], list[str]]] = {
     'unknown key': (recipe(wieght={'bits': 4}), ["'wieght'", "nearest: 'weight'", 'allowed']),
@@ -94,6 +98,7 @@ MISTAKES: dict[str, tuple[Callable[[Config], None], list[str]]] = {
     ),
     'no validation images': (without_validation_images, ['val_dataloader: there is no', '/vall']),
     'no regularizer': (without_regularizer, ['no regularizer', 'SlopeOptimWrapperConstructor']),
+    'unknown wrapper key': (misspelled_limit, ["'step_limits'", "did you mean 'step_limit'?"]),
     'unknown regularizer': (misspelled_regularizer, ["'cosin'", "nearest: 'cosine'"]),
 }
 
@@ -120,6 +125,13 @@ def test_options_that_cannot_be_read(option: str, slope_run: tiny.Run, tmp_path:
     ]
     assert_refused(*call('train', *arguments), parts)
     assert contents(tmp_path / 'work') is None
+
+
+def test_a_lazy_base_that_is_missing(tmp_path: Path) -> None:
+    base = 'with read_base():\n    from .nowhere import *\n'
+    file = tmp_path / 'config.py'
+    file.write_text(f'from mmengine.config import read_base\n\n{base}\nmodel = dict()\n')
+    assert_refused(*call('train', file), [f"config '{file}' cannot be read", 'nowhere.py'])
 
 
 def test_a_package_that_is_not_on_the_path(tiny_config: MakeConfig, tmp_path: Path) -> None:
