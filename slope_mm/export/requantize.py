@@ -88,9 +88,11 @@ def requantized(
     positive, negative = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
     least = negative * source.high + positive * source.low
     most = positive * source.high + negative * source.low
-    borders = np.arange(target.low, target.high) + 0.5
-    # The least sum beyond each border.
-    beyond = np.ceil((borders - shift[:, None]) / unit[:, None])
+    codes = np.arange(target.low, target.high)
+    borders = codes + 0.5
+    # The least sum that gives more than each code; halves are rounded to even ones.
+    exact = (borders - shift[:, None]) / unit[:, None]
+    beyond = np.ceil(exact) + ((exact == np.rint(exact)) & (codes % 2 == 0))
     crossed = (beyond > least[:, None]) & (beyond <= most[:, None])
     constant = ~crossed.any(1)
     reach = np.maximum(most, -least)

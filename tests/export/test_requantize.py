@@ -113,7 +113,7 @@ def test_no_bias_is_a_bias_of_zero() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize('what', ['codes', 'negative', 'many borders'])
+@pytest.mark.parametrize('what', ['codes', 'negative', 'many borders', 'sums on borders'])
 def test_what_does_not_fit_is_left_alone(what: str) -> None:
     weight, scale, bias = example(3)
     source, target = INPUT, OUTPUT
@@ -122,8 +122,12 @@ def test_what_does_not_fit_is_left_alone(what: str) -> None:
         weight, source = np.full_like(weight, 65), INPUT._replace(high=255)
     elif what == 'negative':
         scale[2] = -scale[2]
-    else:
+    elif what == 'many borders':
         target = target._replace(step=OUTPUT.step / 16, high=255)
+    else:
+        # Halves are rounded to even codes, up and down in turn, which no scale does.
+        source, target = source._replace(step=0.5), target._replace(step=0.5)
+        scale, bias = np.full(8, 0.25, np.float32), np.zeros(8, np.float32)
     assert requantized(weight, scale, bias, source, target) is None
 
 
