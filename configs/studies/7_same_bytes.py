@@ -1,6 +1,7 @@
 # Study 7: dense 2 and 3 bit at the bytes of N:M with more bits. Where does N:M earn its place?
-_base_ = '../_base_/studies/shapes_short.py'
+_base_ = '../_base_/studies/detection.py'
 title = 'Dense low-bit and N:M at the same bytes'
+tasks = dict(_delete_=True, shapes_trained_short={{_base_._trained_short}})
 seeds = [0, 1, 2]
 _cosine = dict(type='cosine', weight=1.0)
 _settings = [(None, 4), (None, 3), (None, 2), ('2:4', 4), ('2:4', 3), ('2:4', 2), ('2:8', 4)]

@@ -15,7 +15,9 @@ codes of 8 bits, weights of 8 bits), the layer stays as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -82,65 +84,107 @@ def requantized(
     room = min(LARGEST_INT8, LARGEST_PAIR // (2 * (source.high + source.zero)))
     if (largest > room).any() or (scale <= 0).any():
         return None
+    bias = np.zeros(len(rows)) if bias is None else bias
+    positive, negative = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
+    sums = _Sums(
+        negative * source.high + positive * source.low,
+        positive * source.high + negative * source.low,
+        _beyond(scale, bias, source, target),
+    )
     # Of a sum, and of no sum, in steps of the output's codes.
     unit = source.step * scale.astype(np.float64) / target.step
-    shift = np.zeros(len(rows)) if bias is None else bias.astype(np.float64) / target.step
-    positive, negative = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
-    least = negative * source.high + positive * source.low
-    most = positive * source.high + negative * source.low
-    codes = np.arange(target.low, target.high)
-    borders = codes + 0.5
-    # The least sum that gives more than each code; halves are rounded to even ones.
-    exact = (borders - shift[:, None]) / unit[:, None]
-    beyond = np.ceil(exact) + ((exact == np.rint(exact)) & (codes % 2 == 0))
-    crossed = (beyond > least[:, None]) & (beyond <= most[:, None])
-    constant = ~crossed.any(1)
-    reach = np.maximum(most, -least)
-    factor, offset, slope = _search(largest, unit, shift, reach, borders, beyond, crossed, room)
-    if not (constant | (slope > 0)).all():
-        return None
-    code = np.clip(np.rint(least * unit + shift), target.low, target.high)
+    shift = bias.astype(np.float64) / target.step
+    factor, offset, slope = _search(largest, unit, shift, sums, target, room)
+    constant = sums.codes(sums.least, target) == sums.codes(sums.most, target)
     factor = np.where(constant, 0, factor)
-    offset, slope = np.where(constant, code, offset), np.where(constant, 1, slope)
-    return Requantized(
+    offset = np.where(constant, sums.codes(sums.least, target), offset)
+    slope = np.where(constant, 1, slope)
+    made = Requantized(
         (rows * factor[:, None]).astype(np.int8).reshape(weight.shape),
         (slope * target.step / source.step).astype(np.float32),
         offset.astype(np.int32),
     )
+    return made if (slope > 0).all() and _holds(made, factor, sums, source, target) else None
+
+
+class _Sums(NamedTuple):
+    """The sums of a channel's products.
+
+    Attributes:
+        least: ``[out]``: the least that any input gives.
+        most: ``[out]``: the largest.
+        beyond: ``[out, borders]``: for each border between two codes the least sum beyond it.
+    """
+
+    least: np.ndarray
+    most: np.ndarray
+    beyond: np.ndarray
+
+    def codes(self, sums: np.ndarray, target: Codes) -> np.ndarray:
+        """The codes of sums, ``[out]`` or ``[out, n]``."""
+        passed = self.beyond[:, None] <= sums.reshape(len(sums), -1, 1)
+        return target.low + passed.sum(2).reshape(sums.shape)
+
+
+def _beyond(scale: np.ndarray, bias: np.ndarray, source: Codes, target: Codes) -> np.ndarray:
+    """The least sum that gives more than each code, ``[out, borders]``.
+
+    In fp64, and in fractions where a sum seems to lie on the border: halves are rounded to even
+    codes.
+    """
+    borders = np.arange(target.low, target.high) + 0.5
+    unit = source.step * scale.astype(np.float64)[:, None]
+    parts = borders * target.step / unit, bias.astype(np.float64)[:, None] / unit
+    exact = parts[0] - parts[1]
+    beyond = np.ceil(exact)
+    unsure = 1e-12 * (1 + np.abs(parts[0]) + np.abs(parts[1]))
+    near = np.abs(exact - np.rint(exact)) <= unsure
+    for channel, border in np.argwhere(near & (np.abs(exact) < LARGEST_SUM + unsure)):
+        value = Fraction(float(borders[border])) * Fraction(target.step)
+        value -= Fraction(float(bias[channel]))
+        value /= Fraction(source.step) * Fraction(float(scale[channel]))
+        on_it = value.denominator == 1 and (target.low + int(border)) % 2 == 0
+        beyond[channel, border] = math.ceil(value) + on_it
+    return beyond
 
 
 def _search(
     largest: np.ndarray,
     unit: np.ndarray,
     shift: np.ndarray,
-    reach: np.ndarray,
-    borders: np.ndarray,
-    beyond: np.ndarray,
-    crossed: np.ndarray,
+    sums: _Sums,
+    target: Codes,
     room: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each channel factor, bias and scale that leave the most room around borders.
 
-    ``slope * (factor * sum + bias)`` has to pass a border where ``sum`` becomes ``beyond``.
+    ``slope * (factor * sum + bias)`` has to pass a border where ``sum`` becomes ``beyond``, and not
+    to pass those that no sum passes.
 
     Returns:
         ``[out]`` each; a slope of 0 where there is none.
     """
     factors, offsets, slopes = np.ones(len(unit)), np.zeros(len(unit)), np.zeros(len(unit))
     widest = np.full(len(unit), MARGIN)
+    borders = np.arange(target.low, target.high) + 0.5
     above = borders > 0
+    least, most = sums.least[:, None], sums.most[:, None]
+    # Sums on both sides of each border: the next ones, or the last that there are.
+    over, under = np.maximum(sums.beyond, least), np.minimum(sums.beyond - 1, most)
+    passes, stays = sums.beyond <= most, sums.beyond > least
+    reach = np.maximum(sums.most, -sums.least)
     for factor in range(1, room + 1):
         exact = shift / unit * factor
         fits = factor * np.maximum(largest, 1) <= room
         fits &= np.abs(exact) + factor * reach < LARGEST_SUM
         for offset in (np.floor(exact), np.floor(exact) + 1):
-            high = beyond * factor + offset[:, None]
-            low = high - factor
+            high, low = over * factor + offset[:, None], under * factor + offset[:, None]
             # Of slopes: high * slope > border > low * slope.
-            least = np.where(above, _ratio(borders, high), _ratio(borders, low))
-            most = np.where(above, _ratio(borders, low), _ratio(borders, high))
-            bottom = np.where(crossed, least, 0).max(1)
-            top = np.where(crossed, most, np.inf).min(1)
+            from_high, from_low = _ratio(borders, high), _ratio(borders, low)
+            larger = np.where(above, passes, stays), np.where(above, from_high, from_low)
+            smaller = np.where(above, stays, passes), np.where(above, from_low, from_high)
+            bottom = np.where(*larger, 0).max(1)
+            top = np.where(*smaller, np.inf).min(1)
             fits_here = fits & np.isfinite(bottom)
             bottom = np.where(fits_here, bottom, 1)
             # Open to one side: no farther than to half or twice of what it is in exact terms.
@@ -159,6 +203,22 @@ def _ratio(border: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Where a slope takes a value to a border; infinite where both have different signs."""
     same = value * border > 0
     return np.where(same, border / np.where(same, value, 1), np.inf)
+
+
+def _holds(
+    made: Requantized, factor: np.ndarray, sums: _Sums, source: Codes, target: Codes
+) -> bool:
+    """Whether the runtime's own arithmetic gives the codes.
+
+    It never falls where sums grow, so the sums next to borders and the outermost speak for all.
+    """
+    least, most = sums.least[:, None], sums.most[:, None]
+    beside = np.clip(np.concatenate([sums.beyond - 1, sums.beyond], 1), least, most)
+    looked_at = np.concatenate([least, most, beside], 1)
+    total = looked_at * factor[:, None] + made.bias[:, None].astype(np.int64)
+    unit = np.float32(source.step) * made.scale / np.float32(target.step)
+    found = np.rint(total.astype(np.float32) * unit[:, None])
+    return bool((np.clip(found, target.low, target.high) == sums.codes(looked_at, target)).all())
 
 
 class Quantizer(NamedTuple):

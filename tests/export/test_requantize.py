@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,27 @@ def sums_of(weight: np.ndarray, source: Codes) -> list[np.ndarray]:
 
 
 def exact_codes(sums: np.ndarray, scale: float, bias: float, s: Codes, t: Codes) -> np.ndarray:
-    value = (sums * np.float64(scale) * s.step + np.float64(bias)) / t.step
-    return np.clip(np.rint(value), t.low, t.high)
+    """In fractions: Python rounds their halves to even numbers."""
+    unit, shift = Fraction(s.step) * Fraction(float(scale)), Fraction(float(bias))
+    found = [round((int(x) * unit + shift) / Fraction(t.step)) for x in sums]
+    return np.clip(np.array(found, np.int64), t.low, t.high)
+
+
+def assert_exact(
+    weight: np.ndarray, scale: np.ndarray, bias: np.ndarray, s: Codes, t: Codes
+) -> bool:
+    """Whether there are constants; if so, every sum of every channel has its code."""
+    made = requantized(weight, scale, bias, s, t)
+    if made is None:
+        return False
+    for channel, sums in enumerate(sums_of(weight, s)):
+        kept = weight[channel] != 0
+        factors = set((made.weight[channel][kept] / weight[channel][kept]).tolist()) or {0}
+        (factor,) = factors
+        assert factor % 1 == 0
+        wanted = exact_codes(sums, scale[channel], bias[channel], s, t)
+        assert np.array_equal(codes_of(sums * int(factor), made, channel, s, t), wanted)
+    return True
 
 
 def codes_of(sums: np.ndarray, made: Requantized, channel: int, s: Codes, t: Codes) -> np.ndarray:
@@ -61,16 +82,59 @@ def codes_of(sums: np.ndarray, made: Requantized, channel: int, s: Codes, t: Cod
 def test_codes_are_those_of_exact_arithmetic_for_every_sum(
     seed: int, bits: int, source: Codes, target: Codes
 ) -> None:
-    weight, scale, bias = example(seed, bits)
-    made = requantized(weight, scale, bias, source, target)
+    assert assert_exact(*example(seed, bits), source, target)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 8),
+    st.floats(0.01, 30),
+    st.sampled_from([INPUT, INPUT._replace(**SIGNED), INPUT._replace(high=3)]),
+    st.sampled_from([OUTPUT, OUTPUT._replace(**SIGNED), OUTPUT._replace(high=3)]),
+)
+@settings(deadline=None, max_examples=150)
+def test_few_inputs_cross_few_borders(
+    seed: int, inputs: int, size: float, source: Codes, target: Codes
+) -> None:
+    """Borders that no sum crosses bound the scale as well."""
+    weight, scale, bias = example(seed, inputs=inputs)
+    weight = weight[:, :, :1, :1]
+    assert_exact(weight, scale * np.float32(size), bias * np.float32(4), source, target)
+
+
+def test_the_scale_stays_below_borders_that_no_sum_crosses() -> None:
+    """0.45 to 1.45 in steps of 0.1: the first border alone is crossed, the next one is near."""
+    weight, bias = np.ones((1, 1, 1, 1), np.int8), np.full(1, 0.45, np.float32)
+    scale = np.full(1, 0.1, np.float32)
+    assert assert_exact(weight, scale, bias, Codes(1.0, 0, 10, 0), Codes(1.0, 0, 15, 0))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([OUTPUT, OUTPUT._replace(high=1)]))
+@settings(deadline=None, max_examples=60)
+def test_sums_on_borders_are_rounded_to_even_codes(seed: int, target: Codes) -> None:
+    """Planted ones: steps whose quotient is no binary number, a bias that a sum takes there."""
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-8, 8, (8, 2, 1, 1)).astype(np.int8)
+    source = INPUT._replace(step=float(rng.integers(1, 50)) / 64)
+    target = target._replace(step=float(rng.integers(1, 200)) / 256)
+    scale = (rng.integers(1, 30, 8) / 32).astype(np.float32)
+    sums = np.array([rng.choice(s) for s in sums_of(weight, source)])
+    borders = rng.integers(target.low, target.high, 8) + 0.5
+    bias = (borders * target.step - sums * scale * source.step).astype(np.float32)
+    assert_exact(weight, scale, bias, source, target)
+
+
+@pytest.mark.parametrize(('low', 'code'), [(0, 0), (1, 2)])
+def test_a_single_border_may_have_a_sum_on_it(low: int, code: int) -> None:
+    """0.5 becomes 0 and 1.5 becomes 2."""
+    weight, one = np.ones((1, 1, 1, 1), np.int8), np.ones(1, np.float32)
+    source, target = Codes(1.0, 0, 2, 0), Codes(2.0, low, low + 1, 0)
+    bias = np.full(1, 2 * low, np.float32)
+    assert assert_exact(weight, one, bias, source, target)
+    made = requantized(weight, one, bias, source, target)
     assert made is not None
-    for channel, sums in enumerate(sums_of(weight, source)):
-        wanted = exact_codes(sums, scale[channel], bias[channel], source, target)
-        factors = made.weight[channel] / np.where(weight[channel] == 0, 1, weight[channel])
-        (factor,) = set(factors[weight[channel] != 0])
-        assert factor % 1 == 0
-        found = codes_of(sums * int(factor), made, channel, source, target)
-        assert np.array_equal(found, wanted)
+    factor = made.weight.item()
+    assert codes_of(np.array([factor]), made, 0, source, target) == code
 
 
 def test_a_rounded_bias_alone_would_change_codes() -> None:
@@ -151,6 +215,20 @@ class Chain(nn.Module):
         x = self.signed(self.dilated(self.strided(x).relu())).relu()
         y = self.last(self.tiling(x).relu())
         return y, y.mean((2, 3))
+
+
+def test_a_relu_before_a_signed_quantizer_stays() -> None:
+    torch.manual_seed(0)
+    model = compressed(Chain(), recipe())
+    layers = slope_mm.compressed_layers(model)
+    for name in ('dilated', 'tiling', 'last'):
+        layers[name].set_activation_range(torch.tensor([-1.0, 1.3]), True)
+    _, cpu, _ = graphs(model)
+    assert count_products(cpu.graph.node)['QLinearConv'] == 4
+    with torch.no_grad():
+        expected = model(image())
+    for found, wanted in zip(run(cpu, image()), expected, strict=True):
+        assert relative_error(found, wanted) < 1e-5
 
 
 class Branches(nn.Module):
