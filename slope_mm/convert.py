@@ -151,8 +151,8 @@ def _spelling(match: str, names: Sequence[str]) -> str:
     """A word about how a rule that matches nothing is written, or ``''``."""
     if match.startswith('re:'):
         if any(re.search(match[3:], name) for name in names):
-            return f"; an expression has to match whole names: 're:.*{match[3:]}.*'"
-    elif '*' in match or '?' in match:
+            return f"; an expression has to match whole names: 're:.*(?:{match[3:]}).*'"
+    elif not match.startswith(('type:', 'in:')) and ('*' in match or '?' in match):
         return "; names are no globs: write a prefix, or 're:' and a regular expression"
     return ''
 

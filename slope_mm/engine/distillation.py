@@ -273,7 +273,10 @@ def uses_sigmoid(head: nn.Module) -> bool:
     """Whether a head's loss takes logits as decisions of their own, a mask head's pixels too."""
     kind = getattr(head, 'use_sigmoid_cls', None)
     if kind is None:
-        kind = getattr(getattr(head, 'loss_mask', None), 'use_mask', None)
+        losses = (getattr(head, name, None) for name in ('loss_mask', 'loss_point'))
+        kind = (
+            any(getattr(x, 'use_mask', 0) or getattr(x, 'use_sigmoid', 0) for x in losses) or None
+        )
     if kind is None:
         kind = getattr(getattr(head, 'loss_cls', None), 'use_sigmoid', False)
     return bool(kind)

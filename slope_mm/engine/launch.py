@@ -55,10 +55,13 @@ def run_tool(main: Callable[[], None]) -> None:
 
 
 def _import_reason(error: BaseException) -> str:
-    """What could not be imported: mmengine wraps that in lines about ``sys.path``."""
-    while isinstance(error.__cause__ or error.__context__, ImportError):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return str(error).splitlines()[0]
+    """What could not be imported; mmengine wraps what ``custom_imports`` raise, twice."""
+    while str(error).startswith('Failed to import'):
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:

@@ -27,7 +27,14 @@ from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError
 from slope_mm.ops import fused
 
-OWN_KEYS = ('regularizer', 'base_constructor', 'step_lr_mult', 'step_limit', 'compile')
+OWN_KEYS = (
+    'constructor',
+    'regularizer',
+    'base_constructor',
+    'step_lr_mult',
+    'step_limit',
+    'compile',
+)
 
 _REGULARIZED: dict[type[OptimWrapper], type[RegularizedOptimWrapper]] = {
     OptimWrapper: SlopeOptimWrapper,

@@ -17,7 +17,7 @@ from torch import nn
 from slope_mm.errors import PackedFileError
 from slope_mm.packing.loader import load_packed as load_packed_into
 from slope_mm.packing.loader import packed_state_dict
-from slope_mm.packing.plainconfig import from_plain
+from slope_mm.packing.plainconfig import from_plain, to_plain
 from slope_mm.packing.reader import PackedFile
 from slope_mm.packing.writer import SMALLEST, unwrapped
 from slope_mm.packing.writer import save_packed as save_model
@@ -101,7 +101,7 @@ def _object_at(path: str) -> Any:
     module, _, name = path.rpartition('.')
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ImportError:
+    except Exception:  # whatever a package raises while it is imported, and names that are none
         return None
 
 
@@ -135,6 +135,13 @@ def save_packed(
         told['config'] = stock_config(config)
         if getattr(inner, 'slope_config', None) is not None:
             told['config']['model'] = inner.slope_config
+        try:
+            to_plain(told['config'], 'it')
+        except PackedFileError as error:
+            raise PackedFileError(
+                f'model.cfg cannot be carried by a packed file ({error}); give'
+                ' meta=dict(config=dict(model=…)) with one that can, or meta=dict(config=None)'
+            ) from None
     return save_model(model, path, told, coding=coding, dtype=dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -157,9 +158,11 @@ class Regularizer:
                 f'optim_wrapper.regularizer.weight={made.weight!r} is not a number >= 0'
             )
         if made.type == 'none' and made.weight not in (0, cls.weight):
-            raise ConfigError(
-                f"optim_wrapper.regularizer.weight={made.weight!r} has no effect with type='none';"
-                " set type='cosine' (or 'l2') as well"
+            # It may be inherited; who sets it by hand wants to know.
+            warnings.warn(
+                f"optim_wrapper.regularizer.weight={made.weight!r} has no effect with type='none':"
+                " nothing is regularized; type='cosine' (or 'l2') would do it",
+                stacklevel=2,
             )
         return made
 

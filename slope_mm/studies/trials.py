@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,8 @@ def source(start: Start | None, trial: Trial | None, config: Config) -> str:
 
 def with_digest(path: str) -> str:
     """A checkpoint's place and what is there: a file may be replaced by another of its name."""
-    there = Path(path).expanduser().is_file()
+    # Not Path's own question, which a name of 300 letters is an error to.
+    there = os.path.isfile(os.path.expanduser(path))
     return f'{path} {digest_now(path)}' if there else path
 
 
@@ -276,10 +278,18 @@ def hook_files(config: Config) -> dict[str, list[str]]:
 
     Nothing where there are none, so that hashes of such trials are what they were.
     """
-    hooks = config.get('custom_hooks') or []
-    named = [str(hook['checkpoint']) for hook in hooks if hook.get('checkpoint')]
+    named = _checkpoints(config.get('custom_hooks') or [])
     files = [with_digest(path) for path in named if path != START_WEIGHTS]
     return {'files': files} if files else {}
+
+
+def _checkpoints(value: Any, key: str = '') -> list[str]:
+    """What stands under ``checkpoint``, at any depth."""
+    if isinstance(value, Mapping):
+        return [path for k, item in value.items() for path in _checkpoints(item, k)]
+    if isinstance(value, (list, tuple)):
+        return [path for item in value for path in _checkpoints(item, key)]
+    return [value] if key == 'checkpoint' and isinstance(value, str) and value else []
 
 
 def fill_in_start(config: Config, where: str) -> None:
@@ -288,16 +298,25 @@ def fill_in_start(config: Config, where: str) -> None:
     Raises:
         ConfigError: If the task has no start.
     """
-    for hook in config.get('custom_hooks') or []:
-        for key, value in hook.items():
-            if value != START_WEIGHTS:
-                continue
-            if not config.get('load_from'):
-                raise ConfigError(
-                    f'{where}: {hook["type"]} asks for the weights that the task starts from, but'
-                    ' the task has no start; name a checkpoint'
-                )
-            hook[key] = str(config.load_from)
+    start = config.get('load_from')
+
+    def filled(value: Any, hook: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: filled(item, hook) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(filled(item, hook) for item in value)
+        if value != START_WEIGHTS:
+            return value
+        if not start:
+            raise ConfigError(
+                f'{where}: {hook} asks for the weights that the task starts from, but the task has'
+                ' no start; name a checkpoint'
+            )
+        return str(start)
+
+    hooks = config.get('custom_hooks')
+    if hooks:
+        config.custom_hooks = [filled(dict(hook), str(hook['type'])) for hook in hooks]
 
 
 def arm_config(task: Task, arm: Arm, seed: int) -> Config:

@@ -175,15 +175,17 @@ def train_step(model: BaseModel, config: Config, side: int) -> tuple[float, set[
     for group in wrapper.optimizer.param_groups:
         group['lr'] *= LR_FACTOR
     reached: set[str] = set()
+    step = wrapper.step
 
-    def look(*_: Any) -> None:
+    def look_and_step(**options: Any) -> None:
         reached.update(name for name, p in model.named_parameters() if p.grad is not None)
+        step(**options)
 
-    # Not by hooks of the parameters: torch 2.1 passes over some of them.
-    handle = wrapper.optimizer.register_step_pre_hook(look)
+    # Not by hooks: torch 2.1 passes over some of the parameters', and over all of the optimizer's
+    # once its compiler was imported.
+    wrapper.step = look_and_step
     model.train()
     losses = model.train_step(training_batch(config, side), wrapper)
-    handle.remove()
     return round(float(losses['loss'].detach()), 4), reached
 
 

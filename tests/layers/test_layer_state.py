@@ -186,7 +186,12 @@ def test_steps_stay_in_fp32_when_the_model_is_halved(dtype: torch.dtype) -> None
     before = {key: step.detach().clone() for key, step in layer.steps.items()}
     layer.eval().to(dtype)
     assert layer.weight.dtype == dtype
-    assert layer(torch.randn(4, 16, dtype=dtype)).dtype == dtype
     for key, step in layer.steps.items():
         assert step.dtype == torch.float32
         assert torch.equal(step, before[key]), key
+    x = torch.randn(4, 16, dtype=dtype)
+    try:
+        nn.functional.linear(x, torch.ones(16, 16, dtype=dtype))
+    except RuntimeError as error:
+        pytest.skip(f'this torch multiplies no {dtype} on a CPU: {error}')
+    assert layer(x).dtype == dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -192,6 +193,15 @@ def test_a_config_gives_weight_type_granularity_and_gradient() -> None:
     assert Regularizer.parse(None)(layers_of(compressed_net())) is None
 
 
+def test_a_weight_that_nothing_is_regularized_with_is_told() -> None:
+    with pytest.warns(UserWarning, match="weight=10 has no effect with type='none'"):
+        assert not Regularizer.parse(dict(type='none', weight=10)).active
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for given_config in (None, dict(type='none'), dict(type='none', weight=0)):
+            assert not Regularizer.parse(given_config).active
+
+
 @pytest.mark.parametrize(
     ('given_config', 'error', 'message'),
     [
@@ -204,11 +214,6 @@ def test_a_config_gives_weight_type_granularity_and_gradient() -> None:
         (dict(weight=math.inf), ConfigError, 'weight=inf is not a number >= 0'),
         (dict(weight='1'), ConfigError, "weight='1' is not a number >= 0"),
         ('cosine', ConfigError, "regularizer is 'cosine'; write"),
-        (
-            dict(type='none', weight=10),
-            ConfigError,
-            "no effect with type='none'; set type='cosine'",
-        ),
     ],
 )
 def test_a_bad_config_is_told_what_and_where(
