@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,23 @@ def test_classes_of_an_anchor_are_a_decision() -> None:
 def test_heads_say_what_their_logits_are(config: Config) -> None:
     model = tiny.build(config)
     assert uses_sigmoid(model.rpn_head) and not uses_sigmoid(model.roi_head.bbox_head)
+
+
+@pytest.mark.parametrize(
+    ('losses', 'sigmoid'),
+    [
+        (dict(loss_mask=dict(use_mask=True)), True),
+        (dict(loss_mask=dict(use_mask=False, use_sigmoid=True)), True),
+        (dict(loss_point=dict(use_mask=True)), True),
+        (dict(loss_mask=dict(use_mask=False), loss_cls=dict(use_sigmoid=True)), True),
+        (dict(loss_cls=dict(use_sigmoid=False)), False),
+    ],
+)
+def test_a_heads_losses_say_what_its_logits_are(losses: dict[str, Any], sigmoid: bool) -> None:
+    head = nn.Module()
+    for name, options in losses.items():
+        setattr(head, name, types.SimpleNamespace(**options))
+    assert uses_sigmoid(head) == sigmoid
 
 
 def test_a_detector_trains_with_its_teacher(

@@ -105,6 +105,19 @@ def test_a_model_that_knows_its_config_is_saved_with_it(
         assert_same(predict(loaded), expected)
 
 
+def test_a_config_that_no_file_can_carry_is_named_as_the_models(
+    slope_run: tiny.Run, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(slope_run.model)
+    model.cfg = copy.deepcopy(slope_run.config)
+    model.cfg.visualizer = dict(type='Own', colour=lambda: 0)
+    with pytest.raises(PackedFileError, match=r'model\.cfg cannot be carried.*meta=dict'):
+        slope_mm.save_packed(model, tmp_path / 'model.slope')
+    assert not list(tmp_path.iterdir())
+    slope_mm.save_packed(model, tmp_path / 'model.slope', dict(config=None))
+    assert read_packed(tmp_path / 'model.slope').header['config'] is None
+
+
 def test_a_class_of_a_module_without_dots_is_carried_by_name() -> None:
     module = types.ModuleType('own_module')
     sys.modules['own_module'] = module

@@ -22,7 +22,7 @@ from slope_mm.studies.runner import Runner
 from slope_mm.studies.study import Start, Study
 from slope_mm.studies.study_file import parse_study, read_study
 from slope_mm.studies.tables import markdown
-from slope_mm.studies.trials import Site, Trial, plan_trials
+from slope_mm.studies.trials import Site, Trial, fill_in_start, hook_files, plan_trials
 
 ROOT = Path(__file__).parents[2]
 DIFFER = 'The weights of the starts differ'
@@ -158,6 +158,17 @@ def test_a_teacher_may_be_the_start(
     study = checkpoint_study(tiny_config, tmp_path, None, **taught_by('{start}'))
     with pytest.raises(SlopeError, match='has no start'):
         plan_trials(study, Site(tmp_path))
+
+
+def test_a_start_is_filled_in_and_teachers_are_found_at_any_depth(
+    dense_run: tiny.Run, tmp_path: Path
+) -> None:
+    hook = dict(type='Own', teachers=[dict(checkpoint='{start}'), dict(checkpoint='a' * 300)])
+    config = Config(dict(load_from=str(dense_run.checkpoint), custom_hooks=[hook]))
+    assert hook_files(config) == {'files': ['a' * 300]}
+    fill_in_start(config, 'here')
+    first, second = config.custom_hooks[0]['teachers']
+    assert first['checkpoint'] == str(dense_run.checkpoint) and second['checkpoint'] == 'a' * 300
 
 
 def test_a_start_that_the_study_trains_is_the_teacher_of_its_trials(tmp_path: Path) -> None:
