@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,14 @@ from slope_mm.ops.weight_pass import DENSE, Groups
 
 # A rank is counted by comparing with all members of a group.
 LARGEST_GROUP = 16
+# Above this size a group's limit is better found once, where that fills a vector of eight: with
+# members so far apart, or side by side and no more kept than these.
+RANKED_GROUP, LONG_KERNEL, ROW_KEPT = 8, 8, 4
 GRADIENTS = ('ste', 'sr_ste', 'masked')
 # Weights up to this size are copied between two rows of padding, where they stay in the cache.
 SMALL = BLOCK // 2
+# Of a mask that is found in fp32: 2 MB of it.
+PIECE = 2**19
 
 
 def fits_weight(
@@ -47,12 +52,23 @@ def fits_weight(
     )
 
 
-def _needed(mask: Tensor | None, groups: Groups | None) -> list[tuple[str, int]]:
+def _needed(mask: Tensor | None, groups: Groups | None) -> list[kernel_store.Name]:
     """The kernels of a weight; layers find their masks, keep them and let go what they masked."""
     if mask is None and groups is not None:
-        return [('weight_forward', groups.m), ('given_forward', 1), ('weight_backward', 1)]
+        return [*_finding(groups), ('given_forward', 1), ('weight_backward', 1)]
     masked = int(mask is not None)
     return [('given_forward', masked), ('weight_backward', masked)]
+
+
+@functools.lru_cache(256)
+def _finding(groups: Groups) -> list[kernel_store.Name]:
+    """The kernel of a forward pass that finds a mask, or those that find the mask alone."""
+    n, m, kernel = groups
+    if m > RANKED_GROUP and kernel >= LONG_KERNEL:
+        return [('thresholds', n, m), ('threshold_mask',)]
+    if m > RANKED_GROUP and kernel == 1 and n <= ROW_KEPT and m % 8 == 0:
+        return [('row_mask', n, m)]
+    return [('weight_forward', m)]
 
 
 def fits_activation(x: Tensor) -> bool:
@@ -60,7 +76,7 @@ def fits_activation(x: Tensor) -> bool:
     return (
         _fits(x)
         and min(_factors(x)) > 1
-        and kernel_store.kernels(('activation_forward', 1), ('activation_backward', 1)) is not None
+        and kernel_store.kernels(('activation_forward',), ('activation_backward',)) is not None
     )
 
 
@@ -104,22 +120,6 @@ def _marker(kernel: int) -> Tensor:
         return torch.zeros(kernel + 2)
 
 
-def _pieces(w: Tensor, groups: Groups) -> list[tuple[Tensor, slice | None]]:
-    """All rows with one on either side, and which rows of the weight they are; None for all.
-
-    What lies outside of a group is read and not looked at, so it may be anything that is there:
-    rows in the middle lie between the first and the last, which are copied.
-    """
-    count, length = w.shape
-    if w.numel() <= SMALL or count < 4:
-        padded = w.new_empty(count + 2, length)
-        padded[1:-1] = w
-        return [(padded, None)]
-    edges = w.new_empty(4, length)
-    edges[1:3] = w[:: count - 1]
-    return [(w, slice(1, -1)), (edges, slice(0, count, count - 1))]
-
-
 def _by_row(step: Tensor, count: int) -> Tensor:
     """Learned steps as they are, one a row, ``[rows, 1]``: kernels make them positive."""
     return step.detach().float().reshape(-1, 1).expand(count, 1).contiguous()
@@ -132,45 +132,72 @@ def forward_pass(
 
     The mask comes as :data:`~slope_mm.ops.kernel_code.MASK`, which is taken for a mask as well.
     """
-    steps = _by_row(step, w.shape[0])
-    if mask is None and groups is not None:
-        return _find_mask(w, steps, codes, groups)
-    mask = None if mask is None else mask.to(MASK)
-    kernel = _one('given_forward', int(mask is not None))
-    compressed, *powers = kernel([w, *([] if mask is None else [mask]), steps, _scalars(codes)])
-    return compressed, torch.stack(powers), mask
-
-
-def _find_mask(
-    w: Tensor, steps: Tensor, codes: Codes, groups: Groups
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel, scalars = _one('weight_forward', groups.m), _scalars(codes, groups.n)
-    marker, member = _marker(groups.kernel), _member(w.shape[1], groups)
-    compressed, mask = torch.empty_like(w), torch.empty_like(w, dtype=MASK)
-    sums = w.new_empty(4, w.shape[0])
-    for rows, where in _pieces(w, groups):
-        if where is None:
-            found = kernel([rows, marker, member, steps, scalars, compressed, mask])
-            torch.stack(found, out=sums)
-            continue
-        targets = compressed[where], mask[where]
-        # A kernel takes nothing but contiguous tensors.
-        given = [t if t.is_contiguous() else torch.empty_like(t) for t in targets]
-        found = kernel([rows, marker, member, steps[where].contiguous(), scalars, *given])
-        sums[:, where] = torch.stack(found)
-        for target, its in zip(targets, given, strict=True):
-            if its is not target:
-                target.copy_(its)
+    steps, scalars = _by_row(step, w.shape[0]), _scalars(codes, groups.n if groups else 0)
+    if mask is not None or groups is None:
+        mask = None if mask is None else mask.to(MASK)
+        compressed, sums = _given(w, mask, steps, scalars)
+        return compressed, sums[:3], mask
+    finding = _finding(groups)
+    kernels = [_one(*name) for name in finding]
+    if finding[0][0] == 'weight_forward':
+        compressed, found, sums = _all_at_once(w, steps, scalars, groups, *kernels)
+    else:
+        found = _large_groups(w, groups, kernels)
+        compressed, sums = _given(w, found, steps, scalars)
     powers = sums[:3]
-    tied = _tied(sums[3], w, groups)
-    if tied is not None:
-        rows = w[tied]
-        compressed[tied], powers[:, tied], kept = weight_pass.forward_pass(
-            rows, positive(steps[tied]), codes, None, groups, sums=True, keep_mask=True
-        )
-        assert kept is not None
-        mask[tied] = mask_bits.read(kept, torch.empty_like(rows, dtype=MASK))
-    return compressed, powers, mask
+    _redo_ties(sums[3], w, steps, codes, groups, compressed, powers, found)
+    return compressed, powers, found
+
+
+def _given(w: Tensor, mask: Tensor | None, steps: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+    """Compressed rows under a mask or none, and their sums; under a mask what it keeps as well."""
+    given = [] if mask is None else [mask]
+    compressed, *sums = _one('given_forward', len(given))([w, *given, steps, scalars])
+    return compressed, torch.stack(sums)
+
+
+def _large_groups(w: Tensor, groups: Groups, kernels: Sequence[Callable[..., Any]]) -> Tensor:
+    """The mask of a weight, by its groups' limits if their members lie apart, else by rows."""
+    mask = torch.empty_like(w, dtype=MASK)
+    height = max(1, PIECE // w.shape[1])
+    for start in range(0, w.shape[0], height):
+        rows = w[start : start + height]
+        if groups.kernel == 1:
+            found = kernels[0]([rows.view(-1, groups.m)])[0]
+        else:
+            members = rows.view(-1, groups.m, groups.kernel)
+            found = kernels[1]([members, *kernels[0]([members])])[0]
+        mask[start : start + height] = found.view_as(rows)
+    return mask
+
+
+def _all_at_once(
+    w: Tensor, steps: Tensor, scalars: Tensor, groups: Groups, kernel: Callable[..., Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a kernel makes of rows that have one on either side.
+
+    What lies outside of a group is read and not looked at, so it may be anything that is there:
+    rows in the middle lie between the first and the last, which are copied.
+    """
+    count, length = w.shape
+    compressed, mask = torch.empty_like(w), torch.empty_like(w, dtype=MASK)
+    given = [_marker(groups.kernel), _member(length, groups)]
+    if w.numel() <= SMALL or count < 4:
+        padded = w.new_empty(count + 2, length)
+        padded[1:-1] = w
+        by_row = kernel([padded, *given, steps, scalars, compressed, mask])
+        return compressed, mask, torch.stack(by_row)
+    inner = [x[1:-1] for x in (steps, compressed, mask)]
+    middle = kernel([w, *given, inner[0], scalars, *inner[1:]])
+    ends = slice(0, count, count - 1)
+    edges = w.new_empty(4, length)
+    edges[1:3] = w[ends]
+    outer = [steps[ends].contiguous(), *(x.new_empty(2, length) for x in (compressed, mask))]
+    ends_by_row = kernel([edges, *given, outer[0], scalars, *outer[1:]])
+    compressed[ends], mask[ends] = outer[1:]
+    sums = w.new_empty(len(middle), count)
+    sums[:, 1:-1], sums[:, ends] = torch.stack(middle), torch.stack(ends_by_row)
+    return compressed, mask, sums
 
 
 def backward_pass(
@@ -208,17 +235,32 @@ def backward_pass(
     return grad_w, grad_step.reshape(step.shape).to(step.dtype)
 
 
-def _tied(kept_count: Tensor, w: Tensor, groups: Groups) -> Tensor | None:
-    """Rows of which a kernel kept more than N of each group; None where there is none."""
-    expected = w.shape[1] // groups.m * groups.n
-    # No kernel keeps fewer, and what is not a number makes it keep more.
-    if float(kept_count.sum(dtype=torch.float64)) == expected * len(kept_count):
-        return None
-    return (kept_count != expected).nonzero().flatten()
+def _redo_ties(
+    counts: Tensor,
+    w: Tensor,
+    steps: Tensor,
+    codes: Codes,
+    groups: Groups,
+    compressed: Tensor,
+    powers: Tensor,
+    mask: Tensor,
+) -> None:
+    """Does rows over of which a kernel kept other than N of each group, in place."""
+    # What is not a number is not kept, or not compared with.
+    others = counts != w.shape[1] // groups.m * groups.n
+    if not others.any():
+        return
+    tied = others.nonzero().flatten()
+    rows = w[tied]
+    compressed[tied], powers[:, tied], kept = weight_pass.forward_pass(
+        rows, positive(steps[tied]), codes, None, groups, sums=True, keep_mask=True
+    )
+    assert kept is not None
+    mask[tied] = mask_bits.read(kept, torch.empty_like(rows, dtype=MASK))
 
 
-def _one(name: str, m: int) -> Callable[..., Any]:
-    found = kernel_store.kernels((name, m))
+def _one(*name: Any) -> Callable[..., Any]:
+    found = kernel_store.kernels(name)
     assert found is not None
     return found[0]
 
@@ -228,7 +270,7 @@ def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
     result = torch.empty_like(x)
     flat = [t.as_strided((t.numel(),), (1,)) for t in (x, result)]
     s = positive(step).reshape(1)
-    _one('activation_forward', 1)([flat[0], s, _scalars(codes, 1), flat[1]])
+    _one('activation_forward')([flat[0], s, _scalars(codes), flat[1]])
     return result
 
 
@@ -241,5 +283,5 @@ def quantize_backward(
     flat = [t.as_strided((rows, length), (length, 1)) for t in (grad, x, result)]
     by_row = x.new_empty(rows)
     steps = positive(step).reshape(1, 1).expand(rows, 1).contiguous()
-    _one('activation_backward', 1)([*flat[:2], steps, _scalars(codes, 1), flat[2], by_row])
+    _one('activation_backward')([*flat[:2], steps, _scalars(codes), flat[2], by_row])
     return result, scaled_gradient(by_row.sum(dtype=torch.float64), step, grad_scale)

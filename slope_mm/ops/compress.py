@@ -223,7 +223,7 @@ def compress_with_powers(
     compressed, powers = Compress.apply(
         w, step, mask, codes, groups, axes, grad_scale, gradient, decay, sums, learns
     )
-    if check_finite and not bool(torch.isfinite(powers[0].detach().sum())):
+    if check_finite and not math.isfinite(powers.detach()[0].sum().item()):
         # Squares may overflow on finite weights.
         require_finite(w)
     return compressed, powers

@@ -21,10 +21,11 @@ def build(file: Path) -> None:
     """Compiles the kernel that a file is named after, and puts it there as a whole.
 
     Args:
-        file: ``NAME-M.pt2`` with a name of :data:`~slope_mm.ops.kernel_code.EXAMPLES`.
+        file: ``NAME.pt2`` with a name of :data:`~slope_mm.ops.kernel_code.EXAMPLES`, followed by
+            the sizes that its function takes: ``NAME-2-16.pt2``.
     """
-    name, _, m = file.stem.rpartition('-')
-    example = EXAMPLES[name](int(m))
+    name, *sizes = file.stem.split('-')
+    example = EXAMPLES[name](*map(int, sizes))
     with torch.no_grad():
         program = torch.export.export(
             example.module, example.inputs, dynamic_shapes=example.dynamic, strict=False
@@ -42,6 +43,7 @@ def build(file: Path) -> None:
                 # back once it took this many operations to find.
                 'realize_opcount_threshold': 1_000_000,
                 'realize_reads_threshold': 1_000_000,
+                **example.options,
             },
         )
         os.replace(partial, file)

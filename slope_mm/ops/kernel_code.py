@@ -1,20 +1,23 @@
 """The passes of weights and activations as one loop each, for a compiler to make kernels of.
 
-A kernel writes into tensors that it is given and returns nothing. Which members of a group are kept
-is found without laying the groups out: a member's rank is counted by comparing it with the others
-of its group, which lie a multiple of ``kernel`` positions away along the row, so that every load is
-contiguous whatever the kernel size, and one compiled loop serves all layers of a group size.
+Which members of a group are kept is found without laying the groups out: a member's rank is counted
+by comparing it with the others of its group, which lie a multiple of ``kernel`` positions away
+along the row, so that every load is contiguous whatever the kernel size, and one compiled loop
+serves all layers of a group size. Those at the first and the last row's ends lie outside of what is
+worked on, so a weight is handed over with a row of anything on either side, or as one whose first
+and last row are not worked on.
 
-Those at the first and the last row's ends lie outside of what is worked on, so a weight is handed
-over with a row of anything on either side, or as one whose first and last row are not worked on.
+Large groups have many others. Where vectors are long enough, the N-th largest of a group is found
+instead, once for all its members (:class:`Thresholds`, :class:`RowMask`).
 
-Equal magnitudes are not told apart, which would cost as much again. Each kernel counts what it kept
-a row: where that is more than N of each group, equal ones stood at the limit, and the row has to be
+Equal magnitudes are not told apart, which would cost as much again. Each pass counts what it kept a
+row: where that is more than N of each group, equal ones stood at the limit, and the row has to be
 done over by a pass that knows which of them stays.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_mm.ops.quantization import SMALLEST_STEP
+from slope_mm.ops.selection import kth_largest
 
 # Finite in fp32: times a gradient of zero it stays zero.
 LARGEST = 3e38
@@ -86,8 +90,9 @@ def _level(scaled: Tensor, scalars: Tensor) -> Tensor:
     return torch.clamp(torch.round(scaled - scalars[2]), scalars[0], scalars[1]) + scalars[2]
 
 
-def _powers(w: Tensor, level: Tensor) -> tuple[Tensor, ...]:
-    return (w * w).sum(1), (w * level).sum(1), (level * level).sum(1)
+def _sums(w: Tensor, level: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """``w·w``, ``w·ŵ``, ``ŵ·ŵ`` of each row, and the sums of what else there is."""
+    return tuple(x.sum(1) for x in (w * w, w * level, level * level, *more))
 
 
 class WeightForward(nn.Module):
@@ -114,20 +119,59 @@ class WeightForward(nn.Module):
         level = _level(w / step, scalars) * step * kept
         compressed.copy_(level)
         mask.copy_(kept)
-        return *_powers(w, level), kept.sum(1)
+        return _sums(w, level, kept)
+
+
+class Thresholds(nn.Module):
+    """The N-th largest magnitude of groups ``[groups, M, kernel]``, for every position of it."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, groups: Tensor) -> Tensor:
+        return kth_largest(tuple(member.abs() for member in groups.unbind(1)), self.n)
+
+
+class ThresholdMask(nn.Module):
+    """The mask of groups from their thresholds, in fp32: 1 for all that are equal to one."""
+
+    def forward(self, groups: Tensor, thresholds: Tensor) -> Tensor:
+        return (groups.abs() >= thresholds.unsqueeze(1)).to(torch.float32)
+
+
+class RowMask(nn.Module):
+    """The mask of groups ``[groups, M]`` whose members lie side by side, by N maxima, in fp32.
+
+    One takes all that is equal to it: with ties more than N are kept.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, groups: Tensor) -> Tensor:
+        magnitudes = groups.abs()
+        limit = magnitudes.amax(1, keepdim=True)
+        for _ in range(self.n - 1):
+            below = torch.where(magnitudes < limit, magnitudes, -1.0)
+            limit = below.amax(1, keepdim=True)
+        return (magnitudes >= limit).to(torch.float32)
 
 
 class GivenForward(nn.Module):
-    """The same under a mask that is there already, or under none."""
+    """The same under a mask that is there already, or under none, where nothing is counted."""
 
     def forward(
         self, w: Tensor, mask: Tensor | None, step: Tensor, scalars: Tensor
     ) -> tuple[Tensor, ...]:
         step = _positive(step)
         level = _level(w / step, scalars) * step
-        if mask is not None:
-            level = level * mask
-        return level, *_powers(w, level)
+        if mask is None:
+            return level, *_sums(w, level)
+        kept = mask.to(torch.float32)
+        level = level * kept
+        return level, *_sums(w, level, kept)
 
 
 class WeightBackward(nn.Module):
@@ -202,11 +246,13 @@ class Example(NamedTuple):
         module: The kernel's code.
         inputs: Example inputs.
         dynamic: Which of their sizes vary, in ``torch.export``'s form.
+        options: For the compiler.
     """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     dynamic: tuple[Any, ...]
+    options: dict[str, Any] = {}
 
 
 # Of weights, as kernels are exported with: 6 rows of 8 groups.
@@ -229,6 +275,32 @@ def weight_forward(m: int) -> Example:
     )
     dynamic = ({0: rows + 2, 1: length}, {0: marker}, {0: length}, {0: rows}, None, both, both)
     return Example(WeightForward(m), inputs, dynamic)
+
+
+# Nine positions as eight and one. Vectors of sixteen would be loaded and stored in part, which took
+# two to four times as long, and a vector of eight has no bf16.
+_SHORT = {'cpp.simdlen': 256} if platform.machine() in ('x86_64', 'AMD64') else {}
+
+
+def thresholds(n: int, m: int) -> Example:
+    """The limits of groups whose members lie a kernel apart."""
+    groups, kernel = torch.export.Dim('groups', min=2), torch.export.Dim('kernel', min=2)
+    inputs = (torch.randn(48, m, 9),)
+    return Example(Thresholds(n), inputs, ({0: groups, 2: kernel},), _SHORT)
+
+
+def threshold_mask() -> Example:
+    """The mask for any limits."""
+    groups, kernel = torch.export.Dim('groups', min=2), torch.export.Dim('kernel', min=2)
+    inputs = (torch.randn(48, 16, 9), torch.randn(48, 9))
+    dynamic = ({0: groups, 1: torch.export.Dim('m', min=2), 2: kernel}, {0: groups, 1: kernel})
+    return Example(ThresholdMask(), inputs, dynamic, _SHORT)
+
+
+def row_mask(n: int, m: int) -> Example:
+    """The mask of groups whose members lie side by side."""
+    groups = torch.export.Dim('groups', min=2)
+    return Example(RowMask(n), (torch.randn(48, m),), ({0: groups},), _SHORT)
 
 
 def _of_rows(masked: int) -> tuple[Tensor, Tensor | None, Any, Any, Any]:
@@ -256,14 +328,14 @@ def weight_backward(masked: int) -> Example:
     return Example(WeightBackward(), inputs, dynamic)
 
 
-def activation_forward(_: int) -> Example:
+def activation_forward() -> Example:
     """The activation quantizer over a flat tensor."""
     size = {0: torch.export.Dim('size', min=2)}
     inputs = (torch.randn(64), torch.ones(1), torch.ones(len(SCALARS)), torch.zeros(64))
     return Example(ActivationForward(), inputs, (size, None, None, size))
 
 
-def activation_backward(_: int) -> Example:
+def activation_backward() -> Example:
     """Its backward pass over rows."""
     rows, length = torch.export.Dim('rows', min=2), torch.export.Dim('length', min=2)
     both = {0: rows, 1: length}
@@ -279,8 +351,12 @@ def activation_backward(_: int) -> Example:
     return Example(ActivationBackward(), inputs, dynamic)
 
 
-EXAMPLES: dict[str, Callable[[int], Example]] = {
+# By name; sizes that a kernel is made for are the arguments.
+EXAMPLES: dict[str, Callable[..., Example]] = {
     'weight_forward': weight_forward,
+    'thresholds': thresholds,
+    'threshold_mask': threshold_mask,
+    'row_mask': row_mask,
     'given_forward': given_forward,
     'weight_backward': weight_backward,
     'activation_forward': activation_forward,

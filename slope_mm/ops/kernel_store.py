@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from slope_mm.ops import kernel_code
-
 Kernel = Callable[[Sequence[Any]], Any]
+# A name of kernel_code.EXAMPLES and the sizes that its function takes.
+Name = tuple[Any, ...]
 
 # A kernel takes ten to twenty seconds; a machine that is ten times slower still gets there.
 _SECONDS = 600
 _lock = threading.Lock()
-_loaded: dict[tuple[str, int], Kernel] = {}
+_loaded: dict[Name, Kernel] = {}
 _given_up: list[str] = []
 
 
@@ -52,8 +52,9 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _identity() -> str:
-    code = hashlib.sha256(Path(kernel_code.__file__).read_bytes())
-    code.update(Path(__file__).with_name('kernel_build.py').read_bytes())
+    code = hashlib.sha256()
+    for name in ('kernel_code.py', 'kernel_build.py', 'selection.py'):
+        code.update(Path(__file__).with_name(name).read_bytes())
     code.update(' '.join((torch.__version__, platform.machine(), _instructions())).encode())
     return f'torch-{torch.__version__}-{code.hexdigest()[:16]}'
 
@@ -67,11 +68,11 @@ def _instructions() -> str:
     return f'{platform.processor()} {torch.backends.cpu.get_cpu_capability()}'
 
 
-def kernels(*names: tuple[str, int]) -> list[Kernel] | None:
+def kernels(*names: Name) -> list[Kernel] | None:
     """Kernels of :data:`slope_mm.ops.kernel_code.EXAMPLES`, built first where they are missing.
 
     Args:
-        *names: Their names and group sizes. Those that have to be built are built side by side.
+        *names: Their names and sizes. Those that have to be built are built side by side.
 
     Returns:
         One function for each, which takes the list of a kernel's inputs with nested lists
@@ -84,7 +85,7 @@ def kernels(*names: tuple[str, int]) -> list[Kernel] | None:
             if not hasattr(getattr(torch._C, '_aoti', None), 'AOTIModelPackageLoader'):
                 raise RuntimeError(f'torch {torch.__version__} cannot load them; 2.6 can')
             folder = cache_folder()
-            files = [folder / f'{name}-{m}.pt2' for name, m in names]
+            files = [folder / f'{"-".join(map(str, name))}.pt2' for name in names]
             _build([file for file in files if not file.is_file()])
             for name, file in zip(names, files, strict=True):
                 if name not in _loaded:
