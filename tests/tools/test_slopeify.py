@@ -67,6 +67,18 @@ def test_the_child_config_is_the_stock_model_compressed(
     assert len(layers) == 74
 
 
+def test_without_a_recipe_it_is_the_one_that_came_closest(
+    run: Callable[..., None], tmp_path: Path
+) -> None:
+    out = tmp_path / 'my_config.py'
+    run('slopeify', STOCK, '-o', str(out))
+    config = Config.fromfile(str(out))
+    expected = Config.fromfile(str(tiny.ROOT / 'configs/_base_/recipes/naive_w4a4.py'))
+    assert config.model.recipe == expected.recipe
+    regularizer = config.optim_wrapper.get('regularizer', dict(type='none'))
+    assert regularizer['type'] == expected.regularizer.type == 'none'
+
+
 def test_hooks_and_constructors_of_the_stock_config_are_kept(
     run: Callable[..., None], tmp_path: Path
 ) -> None:
