@@ -1,6 +1,7 @@
-# Study 3: sparsity levels and bits. Does 2:16 + 2 bit fail here too?
-_base_ = '../_base_/studies/shapes_short.py'
+# Study 3: sparsity levels and bits, from a trained start. Does 2:16 + 2 bit fail here too?
+_base_ = '../_base_/studies/detection.py'
 title = 'Sparsity levels and bits'
+tasks = dict(_delete_=True, shapes_trained_short={{_base_._trained_short}})
 seeds = [0, 1, 2]
 _cosine = dict(type='cosine', weight=1.0)
 _levels = ['2:4', '4:8', '1:4', '2:8', '2:16']
