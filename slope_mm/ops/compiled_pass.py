@@ -1,4 +1,4 @@
-"""The passes through kernels that are compiled ahead of time for a CPU: one loop each way.
+"""The passes through kernels that are compiled ahead of time for a CPU: a loop or two each way.
 
 The result is that of the plain passes, bit for bit but for the order in which sums are added up.
 W and its mask, or an activation before it was quantized, are kept for the backward pass: rounding
@@ -27,9 +27,10 @@ from slope_mm.ops.weight_pass import DENSE, Groups
 
 # A rank is counted by comparing with all members of a group.
 LARGEST_GROUP = 16
-# Above this size a group's limit is better found once, where that fills a vector of eight: with
-# members so far apart, or side by side and no more kept than these.
-RANKED_GROUP, LONG_KERNEL, ROW_KEPT = 8, 8, 4
+# Above this size the limit of a group that keeps few is better found once, where that fills a
+# vector of eight: with members so far apart, or side by side. (Each N has kernels of its own there,
+# and a ramp comes by all.)
+RANKED_GROUP, LONG_KERNEL, FEW = 8, 8, 2
 GRADIENTS = ('ste', 'sr_ste', 'masked')
 # Weights up to this size are copied between two rows of padding, where they stay in the cache.
 SMALL = BLOCK // 2
@@ -64,10 +65,11 @@ def _needed(mask: Tensor | None, groups: Groups | None) -> list[kernel_store.Nam
 def _finding(groups: Groups) -> list[kernel_store.Name]:
     """The kernel of a forward pass that finds a mask, or those that find the mask alone."""
     n, m, kernel = groups
-    if m > RANKED_GROUP and kernel >= LONG_KERNEL:
-        return [('thresholds', n, m), ('threshold_mask',)]
-    if m > RANKED_GROUP and kernel == 1 and n <= ROW_KEPT and m % 8 == 0:
-        return [('row_mask', n, m)]
+    if m > RANKED_GROUP and n <= FEW:
+        if kernel >= LONG_KERNEL:
+            return [('thresholds', n, m), ('threshold_mask',)]
+        if kernel == 1 and m % 8 == 0:
+            return [('row_mask', n, m)]
     return [('weight_forward', m)]
 
 

@@ -1,4 +1,4 @@
-"""``python -m slope_mm.ops.kernel_build FOLDER/NAME-M.pt2``: compiles one kernel.
+"""``python -m slope_mm.ops.kernel_build FOLDER/NAME.pt2``: compiles one kernel.
 
 A program of its own, which :mod:`slope_mm.ops.kernel_store` runs: the compiler takes seconds to
 import and hundreds of megabytes, and must not see the modes of a training step.

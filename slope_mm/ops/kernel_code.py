@@ -11,8 +11,8 @@ Large groups have many others. Where vectors are long enough, the N-th largest o
 instead, once for all its members (:class:`Thresholds`, :class:`RowMask`).
 
 Equal magnitudes are not told apart, which would cost as much again. Each pass counts what it kept a
-row: where that is more than N of each group, equal ones stood at the limit, and the row has to be
-done over by a pass that knows which of them stays.
+row: where that is not N of each group, equal ones stood at the limit, and the row has to be done
+over by a pass that knows which of them stays.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class ThresholdMask(nn.Module):
 class RowMask(nn.Module):
     """The mask of groups ``[groups, M]`` whose members lie side by side, by N maxima, in fp32.
 
-    One takes all that is equal to it: with ties more than N are kept.
+    One takes all that is equal to it: with ties at the limit or above more than N are kept.
     """
 
     def __init__(self, n: int) -> None:
@@ -160,7 +160,7 @@ class RowMask(nn.Module):
 
 
 class GivenForward(nn.Module):
-    """The same under a mask that is there already, or under none, where nothing is counted."""
+    """:class:`WeightForward` under a mask that is there, or none, where nothing is counted."""
 
     def forward(
         self, w: Tensor, mask: Tensor | None, step: Tensor, scalars: Tensor

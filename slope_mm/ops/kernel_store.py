@@ -53,7 +53,7 @@ def cache_folder() -> Path:
 @functools.cache
 def _identity() -> str:
     code = hashlib.sha256()
-    for name in ('kernel_code.py', 'kernel_build.py', 'selection.py'):
+    for name in ('kernel_code.py', 'kernel_build.py', 'quantization.py', 'selection.py'):
         code.update(Path(__file__).with_name(name).read_bytes())
     code.update(' '.join((torch.__version__, platform.machine(), _instructions())).encode())
     return f'torch-{torch.__version__}-{code.hexdigest()[:16]}'

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from slope_mm.errors import RecipeError, nearest
 
@@ -37,33 +36,12 @@ def power_sums(w: Tensor, compressed: Tensor, output_axis: int = 0) -> Tensor:
     return torch.stack([(a * a).sum(1), (a * b).sum(1), (b * b).sum(1)])
 
 
-class _CosineDistance(torch.autograd.Function):
-    """``1 - cos`` of the sums ``[3, items]``, and its gradient in closed form.
-
-    Left to autograd it is twice as many operations on a few numbers, each of which costs what it
-    takes to ask for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, powers: Tensor) -> Tensor:
-        squares = powers[::2]
-        # The lower bound keeps what is divided by zero out of the gradient.
-        norms, alive = squares.clamp_min(_TINY).sqrt(), squares > 0
-        slope = torch.where(alive.all(0), norms.prod(0).reciprocal(), 0.0)
-        cosine = powers[1] * slope
-        ctx.save_for_backward(norms, slope, cosine)
-        return torch.where(alive[0], 1 - cosine, 0.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        norms, slope, cosine = ctx.saved_tensors
-        by_latent, by_compressed = (cosine / norms / norms / 2).unbind()
-        return torch.stack([by_latent, -slope, by_compressed]) * grads[0]
-
-
 def _cosine_distance(powers: Tensor) -> Tensor:
-    return _CosineDistance.apply(powers)
+    latent, product, compressed = powers
+    # The lower bound keeps sqrt's infinite slope at zero out of the gradient.
+    norms = latent.clamp_min(_TINY).sqrt() * compressed.clamp_min(_TINY).sqrt()
+    cosine = torch.where(compressed > 0, product / norms, torch.zeros_like(norms))
+    return torch.where(latent > 0, 1 - cosine, torch.zeros_like(cosine))
 
 
 def _relative_l2(powers: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slope_mm.ops import (
     NMPattern,
+    compiled_pass,
     compress_with_powers,
     kernel_code,
     kernel_store,
@@ -144,7 +145,9 @@ def test_rows_with_equal_magnitudes_at_the_limit_are_done_over(
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('n, m', [(2, 8), (4, 8), (4, 16), (1, 12), (9, 16), (1, 2), (1, 1)])
+@pytest.mark.parametrize(
+    'n, m', [(2, 8), (4, 8), (1, 16), (4, 16), (1, 12), (9, 16), (1, 2), (1, 1)]
+)
 def test_other_groups(
     shape: tuple[int, ...], n: int, m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +156,8 @@ def test_other_groups(
     # Those under masks are the same for all groups.
     for name in (*own, ('given_forward', 0), ('weight_backward', 0)):
         monkeypatch.setitem(kernel_store._loaded, name, uncompiled(*name))
+    # Two rows at once of the masks that are found first.
+    monkeypatch.setattr(compiled_pass, 'PIECE', 2 * torch.Size(shape[1:]).numel())
     if pattern is None or shape[1] % m == 0:
         assert_equal_passes(shape, pattern, weight_codes('symmetric', 3), 0)
 
