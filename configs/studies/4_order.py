@@ -1,6 +1,8 @@
-# Study 4: sparsify then quantize, or the other way round; do both errors add up?
-_base_ = '../_base_/studies/shapes_short.py'
+# Study 4: sparsify then quantize, or the other way round, from a trained start; do both errors add
+# up?
+_base_ = '../_base_/studies/detection.py'
 title = 'Order of sparsity and quantization, and whether their errors add up'
+tasks = dict(_delete_=True, shapes_trained_short={{_base_._trained_short}})
 seeds = [0, 1, 2]
 _bits = (4, 2)
 arms = [

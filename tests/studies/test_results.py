@@ -136,11 +136,11 @@ def test_an_arm_of_another_schedule_is_marked(study: Study) -> None:
 
 def test_losses_are_added_as_the_threshold_says() -> None:
     study = read_study(ROOT / 'configs/studies/4_order.py')
-    results = synthetic_results(study)
+    results, task = synthetic_results(study), study.tasks[0].name
     text = markdown(study, results)
 
     def mean(arm: str) -> float:
-        return summarize(list(results.by_seed('shapes', arm, 'box_mAP').values())).mean
+        return summarize(list(results.by_seed(task, arm, 'box_mAP').values())).mean
 
     row = cells(text, 'add up?', 'Q→S 2:4 W2')
     added = mean('2:4') + mean('W2') - mean('fp32')

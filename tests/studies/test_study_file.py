@@ -63,7 +63,7 @@ def test_the_key_arms_have_five_seeds_on_shapes_and_three_on_nuclei() -> None:
     assert counts == {
         'shapes': {5},
         'shapes_trained': {3},
-        'shapes_trained_long': {3},
+        'shapes_trained_long': {5},
         'nuclei': {3},
         'nuclei_long': {3},
         'shapes_brief': {5},

@@ -54,6 +54,7 @@ _trained_long = dict(
     _trained,
     title='shapes, start of 24 epochs, six epochs',
     options=_schedule(6, **_fine_tuning),
+    seeds=[0, 1, 2, 3, 4],
 )
 # For studies with many arms.
 _trained_short = dict(
