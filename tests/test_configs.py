@@ -34,6 +34,7 @@ ARMS: dict[str, tuple[str | None, int, int | None, str]] = {
     'slope_2x8_w4': ('2:8', 4, None, 'cosine'),
     'slope_2x16_w4': ('2:16', 4, None, 'cosine'),
     'dense_w4': (None, 4, None, 'none'),
+    'dense_w3': (None, 3, None, 'none'),
     'dense_w4a4': (None, 4, 4, 'none'),
     'naive_w4': ('2:4', 4, None, 'none'),
     'naive_w4a4': ('2:4', 4, 4, 'none'),
