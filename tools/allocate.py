@@ -32,8 +32,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--patterns',
         nargs='+',
-        default=[pattern or 'dense' for pattern in PATTERNS],
-        help="sparsity patterns to choose from; 'dense' is one (default: %(default)s)",
+        help="sparsity patterns to choose from; 'dense' is one (default: of"
+        f' {", ".join(pattern or "dense" for pattern in PATTERNS)} those that fit the model)',
     )
     parser.add_argument(
         '--bits', nargs='+', type=int, default=list(BITS), help='default: %(default)s'
@@ -60,7 +60,7 @@ def main() -> None:
         None if args.size is None else parse_size(args.size),
         None if args.bops is None else parse_operations(args.bops),
         args.measure,
-        [None if pattern == 'dense' else pattern for pattern in args.patterns],
+        args.patterns and [None if pattern == 'dense' else pattern for pattern in args.patterns],
         args.bits,
         args.batches,
     )

@@ -131,12 +131,26 @@ class Budget:
         # Header and everything that is not chosen: the file's length without the chosen weights.
         fixed, smallest = cheapest.file_bytes - sum(map(min, costs)), sum(map(min, costs))
         limit = size - fixed
+        operations = math.inf if bops is None else bops
+
+        def keeping() -> list[Allocation]:
+            return [a for a in tried if a.file_bytes <= size and a.bops <= operations]
+
         fits: float | None = None
         too_long: float | None = None
         for _ in range(_ATTEMPTS):
-            found = self._allocation(
-                self._solved([*resources, Resource('bytes', costs, limit, fixed)])
-            )
+            try:
+                chosen = self._solved([*resources, Resource('bytes', costs, limit, fixed)])
+            except ConfigError:
+                # The lightest weights need not have the shortest header: one choice for all has
+                # less to tell.
+                tried += [self.uniform(choice) for choice in next(iter(self.errors.values()))]
+                if keeping():
+                    break
+                fixed = min(a.file_bytes for a in tried) - smallest
+                limit = size - fixed
+                chosen = self._solved([*resources, Resource('bytes', costs, limit, fixed)])
+            found = self._allocation(chosen)
             # Headers differ by what they have to tell of the layers: a limit that is right for one
             # allocation may be a few bytes off for the next.
             tried.append(found)
@@ -148,9 +162,8 @@ class Budget:
             if fits is not None and too_long is not None:
                 limit = (fits + too_long) / 2
             limit = max(limit, smallest)
-        operations = math.inf if bops is None else bops
-        keeping = [a for a in tried if a.file_bytes <= size and a.bops <= operations]
-        if not keeping:
+        kept = keeping()
+        if not kept:
             last = min(tried, key=lambda a: max(a.file_bytes / size, a.bops / operations))
             raise ConfigError(
                 f'no allocation was found that keeps a budget of {size:,.0f} bytes'
@@ -159,7 +172,7 @@ class Budget:
                 ' operations: raise the budget'
             )
         # Of equals the one that was solved for last.
-        return min(reversed(keeping), key=lambda a: a.error)
+        return min(reversed(kept), key=lambda a: a.error)
 
     def best_uniform(
         self, size: float | None = None, bops: float | None = None

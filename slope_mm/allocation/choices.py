@@ -54,6 +54,22 @@ def weight_choices(
     return pairs
 
 
+def fitting(
+    model: nn.Module, recipe: Recipe, patterns: Sequence[str | None] = PATTERNS
+) -> list[str | None]:
+    """The patterns that at least one of a model's free layers can hold, and None."""
+    found: list[str | None] = []
+    for pattern in patterns:
+        try:
+            plan(model, with_weight(recipe, (pattern, BITS[0])))
+        except RecipeError:
+            if pattern is None:
+                raise
+        else:
+            found.append(pattern)
+    return found
+
+
 def with_weight(recipe: Recipe, choice: tuple[str | None, int]) -> Recipe:
     """The recipe with another pattern and other bits as its own; its rules keep the last word."""
     pattern, bits = choice
@@ -96,7 +112,14 @@ def candidates(
     weights = {weight.name: weight for weight in find_weights(model)}
     found: dict[str, dict[tuple[str | None, int], Candidate]] = {}
     for choice in choices:
-        for layer in plan(model, with_weight(recipe, choice)):
+        try:
+            planned = plan(model, with_weight(recipe, choice))
+        except RecipeError as error:
+            pattern = choice[0] or 'dense'
+            raise RecipeError(
+                f'{pattern!r} is among the patterns to choose from (--patterns): {error}'
+            ) from None
+        for layer in planned:
             if layer.spec is None:
                 continue
             weight = weights[layer.name]

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from slope_mm.allocation.budget import Allocation, Budget, Choice
-from slope_mm.allocation.choices import candidates, weight_choices
+from slope_mm.allocation.choices import PATTERNS, candidates, fitting, weight_choices
 from slope_mm.allocation.rules import allocated_config
 from slope_mm.allocation.sensitivity import sensitivities
 from slope_mm.analysis.bops import macs_by_layer
@@ -39,7 +39,7 @@ class Request:
         size: Bytes of the packed file, or None.
         bops: Bit operations of the first test image, or None.
         measure: ``'output'`` or ``'sqnr'``.
-        patterns: Sparsity patterns; None in it is dense.
+        patterns: Sparsity patterns; None in it is dense. None: of the usual ones those that fit.
         bits: Weight bits.
         batches: Calibration batches.
     """
@@ -49,7 +49,7 @@ class Request:
     size: int | None
     bops: float | None
     measure: str
-    patterns: Sequence[str | None]
+    patterns: Sequence[str | None] | None
     bits: Sequence[int]
     batches: int
 
@@ -71,9 +71,11 @@ def run(config: Config, request: Request, out: Path) -> str:
     """
     if request.size is None and request.bops is None:
         raise ConfigError('there is no budget; give --size 8MB, or --bops 12G, or both')
-    choices = weight_choices(request.patterns, request.bits)
+    choices = weight_choices(request.patterns or PATTERNS, request.bits)
     model, meta = load_dense(config, request.checkpoint)
     recipe = Recipe.parse(config.model.recipe.to_dict())
+    if request.patterns is None:
+        choices = weight_choices(fitting(model, recipe), request.bits)
     macs = {} if request.bops is None else _macs_of_first_image(model, config)
     options = candidates(model, recipe, choices, macs)
     needs_images = request.measure == 'output' or _quantizes_inputs(recipe)

@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 
 from slope_mm.analysis.interplay import layer_errors
 from slope_mm.engine import launch
-from slope_mm.errors import ConfigError, nearest
+from slope_mm.errors import ConfigError, RecipeError, nearest
 from slope_mm.studies.figures import draw_figures
 from slope_mm.studies.processes import ROOT, Launcher
 from slope_mm.studies.progress import ProgressLine
@@ -22,7 +22,7 @@ from slope_mm.studies.runner import Runner, locked
 from slope_mm.studies.study import Study
 from slope_mm.studies.study_file import matching, read_study
 from slope_mm.studies.tables import markdown
-from slope_mm.studies.trials import Site, Trial, length, plan_trials
+from slope_mm.studies.trials import START, Site, Trial, length, plan_trials
 
 STUDIES = ROOT / 'configs' / 'studies'
 WORK_DIRS = Path('work_dirs') / 'studies'
@@ -85,6 +85,10 @@ def _run(study: Study, options: Options, work_dir: Path, out: Path, line: Progre
     launch.check_work_dir(str(work_dir))
     launch.check_work_dir(str(out))
     results = read_results(out, study) if (out / RESULTS).exists() else Results(study.name)
+    # Arms that have been renamed since cannot be tried again.
+    names = {arm.name for arm in study.arms} | {START}
+    tasks = {task.name for task in study.tasks}
+    results.failed = [f for f in results.failed if f['arm'] in names and f['task'] in tasks]
     results.skipped = [{'task': task, 'reason': reason} for task, reason in skipped.items()]
     for item in results.skipped:
         line.message(f'task {item["task"]} is skipped: {item["reason"]}')
@@ -101,9 +105,11 @@ def _run(study: Study, options: Options, work_dir: Path, out: Path, line: Progre
             lambda: copy_of(out / RESULTS),
         )
         if study.interplay is not None:
-            # As their rows do, those of tasks that cannot run here stay.
-            kept = [row for row in results.interplay if row['task'] in skipped]
-            results.interplay = [*kept, *interplay(study, trials)]
+            measured = interplay(study, trials, line)
+            # Those of tasks that cannot run here stay, or whose start is gone.
+            anew = {row['task'] for row in measured}
+            kept = [row for row in results.interplay if row['task'] not in anew]
+            results.interplay = [*kept, *measured]
             save(results)
     draw(study, results, out, line)
     return not results.failed
@@ -176,8 +182,12 @@ def plan_text(trials: Sequence[Trial], skipped: dict[str, str]) -> str:
     return '\n'.join([*lines, f'{len(trials)} trials, {done} of them done, {len(starts)} starts'])
 
 
-def interplay(study: Study, trials: Sequence[Trial]) -> list[dict[str, object]]:
-    """The weight errors of the study's patterns and bits on every task's first start."""
+def interplay(study: Study, trials: Sequence[Trial], line: ProgressLine) -> list[dict[str, object]]:
+    """The weight errors of the study's patterns and bits on every task's first start.
+
+    A task has none without a checkpoint to start from, and none of a pattern that does not fit its
+    model, which is said.
+    """
     rows: list[dict[str, object]] = []
     settings = study.interplay or {}
     for task in study.tasks:
@@ -194,7 +204,11 @@ def interplay(study: Study, trials: Sequence[Trial]) -> list[dict[str, object]]:
         launch.load_weights(model, str(checkpoint))
         for sparsity in settings['sparsity']:
             for bits in settings['bits']:
-                found = layer_errors(model, sparsity, bits)
+                try:
+                    found = layer_errors(model, sparsity, bits)
+                except RecipeError as error:
+                    line.message(f'task {task.name}: interplay of {sparsity}, {bits} bits: {error}')
+                    continue
                 rows += [{'task': task.name, **errors.as_dict()} for errors in found]
     return rows
 

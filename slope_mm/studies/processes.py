@@ -96,9 +96,12 @@ class Launcher:
             'GPUS_PER_NODE': os.environ.get('GPUS_PER_NODE', str(min(self.processes, 8))),
         }
         devices = torch.cuda.device_count()
-        if devices and self.kind != 'slurm' and jobs > 1 and 'CUDA_VISIBLE_DEVICES' not in made:
+        if devices and self.kind != 'slurm' and jobs > 1:
+            # A cluster hands some of its GPUs out by this variable.
+            given = [one for one in made.get('CUDA_VISIBLE_DEVICES', '').split(',') if one.strip()]
+            names = given[:devices] or [str(i) for i in range(devices)]
             first = slot * self.processes
-            chosen = [str((first + i) % devices) for i in range(self.processes)]
+            chosen = [names[(first + i) % len(names)] for i in range(self.processes)]
             made['CUDA_VISIBLE_DEVICES'] = ','.join(chosen)
         return made
 

@@ -48,11 +48,15 @@ class Results:
         }
 
     def training_loss(self, task: str, arm: str) -> dict[int, float]:
-        """An arm's training loss at the last look, without the regularizer, by seed."""
+        """An arm's training loss at the last look, without the regularizer, by seed.
+
+        Seeds whose last loss was no number are left out.
+        """
         return {
             row['seed']: row['curves']['loss'][-1]
             for row in self.of(task, arm)
-            if row.get('curves', {}).get('loss')
+            # A loss that was no number is stored as None.
+            if (row.get('curves', {}).get('loss') or [None])[-1] is not None
         }
 
     def of(self, task: str, arm: str) -> list[dict[str, Any]]:

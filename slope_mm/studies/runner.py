@@ -75,9 +75,8 @@ class Runner:
             if done is not None:
                 return done
             config = trial.folder / CONFIG
-            if not config.exists():
-                text = trial.config.pretty_text
-                write_text(config, text)
+            # Anew each time: the start may have moved with the folder of all runs.
+            write_text(config, trial.config.pretty_text)
             environment = self.launcher.environment(slot, self.jobs)
             if not trial.weights.exists():
                 self._train(trial, config, environment, lock)

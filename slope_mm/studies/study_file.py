@@ -32,6 +32,7 @@ from mmengine.config import Config
 from slope_mm.engine.hooks import SlopeScheduleHook
 from slope_mm.engine.regularization import Regularizer
 from slope_mm.errors import ConfigError, RecipeError, SlopeError, nearest
+from slope_mm.ops import check_bits, parse_pattern
 from slope_mm.recipe import Recipe
 from slope_mm.studies.study import (
     Arm,
@@ -370,7 +371,15 @@ def _interplay(given: Any) -> Mapping[str, tuple[Any, ...]] | None:
     if given is None:
         return None
     plain = _known(given, INTERPLAY_KEYS, 'interplay')
-    return {key: tuple(_list(plain.get(key, ()), f'interplay: {key}')) for key in INTERPLAY_KEYS}
+    found = {key: tuple(_list(plain.get(key, ()), f'interplay: {key}')) for key in INTERPLAY_KEYS}
+    try:
+        for pattern in found['sparsity']:
+            parse_pattern(pattern)
+        for bits in found['bits']:
+            check_bits(bits, 'weight')
+    except RecipeError as error:
+        raise ConfigError(f'interplay: {error}') from None
+    return found
 
 
 def _threshold(given: Any, index: int, names: Sequence[str]) -> Threshold:

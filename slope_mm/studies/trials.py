@@ -205,8 +205,12 @@ def start_trial(task: Task, seed: int, site: Site) -> Trial | None:
     config = overridden(launch.read_config(start.config), start.options, where)
     config = without_validation(config)
     config.randomness = {**config.get('randomness', {}), 'seed': seed}
-    context = surroundings(task, site, '')
-    key = hash_of({'config': described(config), 'metrics': task.metrics, **context})
+    # Nothing where it trains from scratch, so that hashes of such starts are what they were.
+    context = surroundings(
+        task, site, source(None, None, config) if config.get('load_from') else ''
+    )
+    text = described(config)
+    key = hash_of({'config': text, 'metrics': task.metrics, **context, **hook_files(config)})
     # Not by the task's name: tasks that differ in what follows share it.
     place = site.place(f'{Path(start.config).stem}_seed_{seed}_{key}')
     return Trial(task, None, seed, placed(config, place), key, key, place)
@@ -323,6 +327,8 @@ def arm_config(task: Task, arm: Arm, seed: int) -> Config:
     """The config of an arm: the task's fp32 config with recipe, regularizer and overrides."""
     config = overridden(launch.read_config(task.config), task.options, f'task {task.name!r}')
     config = overridden(config, arm.options, f'arm {arm.name!r}')
+    for options in (task.options, arm.options):
+        refuse_what_the_study_decides(options, task)
     if arm.recipe is not None:
         model = config.model
         if 'recipe' not in model:
@@ -340,15 +346,34 @@ def arm_config(task: Task, arm: Arm, seed: int) -> Config:
     return without_validation(config)
 
 
+def refuse_what_the_study_decides(options: Mapping[str, Any], task: Task) -> None:
+    """Refuses overrides that a trial would not take.
+
+    Raises:
+        ConfigError: If there are any; tells where they belong.
+    """
+    randomness = options.get('randomness')
+    if 'randomness.seed' in options or (isinstance(randomness, Mapping) and 'seed' in randomness):
+        raise ConfigError('options override the seed, which the study gives; write seeds=[...]')
+    if 'load_from' in options and task.start is not None:
+        raise ConfigError(
+            "options override 'load_from', but the task names a start, from which all its arms"
+            ' begin; write start=dict(checkpoint=...), or leave the start out'
+        )
+
+
 def slope_hooks(config: Config, schedule: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The custom hooks of a compressed arm."""
-    hooks = [dict(hook) for hook in config.get('slope_hooks') or config.get('custom_hooks') or []]
-    have = {str(hook['type']).rsplit('.', 1)[-1] for hook in hooks}
+    """The custom hooks of a compressed arm: the SLOPE ones, and what an fp32 arm has beside."""
+    hooks: list[dict[str, Any]] = []
+    have: set[str] = set()
+    for listed in (config.get('slope_hooks') or [], config.get('custom_hooks') or []):
+        hooks += [dict(hook) for hook in listed if _hook_name(hook) not in have]
+        have = {_hook_name(hook) for hook in hooks}
     for name in ('EpochSeedHook', 'SlopeCalibrationHook', 'SlopeScheduleHook', 'SlopeMonitorHook'):
         if name not in have:
             hooks.append({'type': f'slope_mm.{name}'})
     for hook in hooks:
-        name = str(hook['type']).rsplit('.', 1)[-1]
+        name = _hook_name(hook)
         if name == 'SlopeScheduleHook':
             hook.update(schedule)
         elif name == 'SlopeMonitorHook':
@@ -357,6 +382,10 @@ def slope_hooks(config: Config, schedule: Mapping[str, Any]) -> list[dict[str, A
             logger = config.get('default_hooks', {}).get('logger', {})
             hook['interval'] = logger.get('interval', hook.get('interval', 50))
     return hooks
+
+
+def _hook_name(hook: Mapping[str, Any]) -> str:
+    return str(hook['type']).rsplit('.', 1)[-1]
 
 
 def without_validation(config: Config) -> Config:

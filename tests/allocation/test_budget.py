@@ -114,6 +114,19 @@ def test_an_impossible_size_tells_what_can_be_reached(budget: Budget, tmp_path: 
         budget.solve(size=smallest - 1)
 
 
+@pytest.mark.parametrize('choice', CHOICES, ids=str)
+def test_what_one_choice_for_all_takes_is_a_budget_that_can_be_met(
+    budget: Budget, choice: tuple[str | None, int]
+) -> None:
+    """Also where the lightest weights of all come with a longer header than its own."""
+    uniform = budget.uniform(choice)
+    for limits in ({}, {'bops': uniform.bops}):
+        found = budget.solve(size=uniform.file_bytes, **limits)
+        assert found.file_bytes <= uniform.file_bytes
+        assert found.bops <= limits.get('bops', found.bops)
+        assert found.error <= uniform.error
+
+
 def test_the_best_uniform_choice_is_never_better(budget: Budget) -> None:
     for size in (3700, 3900, 4100):
         uniform = budget.best_uniform(size=size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slope_mm
 from slope_mm import Recipe, RecipeError
-from slope_mm.allocation.choices import candidates, weight_choices, with_weight
+from slope_mm.allocation.choices import candidates, fitting, weight_choices, with_weight
 from slope_mm.allocation.sensitivity import sensitivities
 from slope_mm.analysis.bops import macs_by_layer
 
@@ -50,6 +50,14 @@ def test_a_layer_that_cannot_hold_a_pattern_is_dense_there() -> None:
     # 12 channels hold no 2:8.
     assert replace(narrow['2:8', 2].spec, note='') == narrow[None, 2].spec
     assert narrow['2:8', 2].bits == narrow[None, 2].bits
+
+
+def test_patterns_that_no_layer_holds_are_left_out_or_named() -> None:
+    model = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 12))
+    assert fitting(model, RECIPE) == [None, '2:4', '2:8']
+    with pytest.raises(RecipeError, match="'2:16' is among the patterns to choose from"):
+        candidates(model, RECIPE, weight_choices())
+    assert set(candidates(model, RECIPE, weight_choices(fitting(model, RECIPE)))) == {'0', '1'}
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,16 @@ def test_training_losses_and_flips_are_those_of_the_curves(study: Study) -> None
     assert pair[-1] == f'+0.0200 ± {half:.4f} *'
 
 
+def test_a_training_that_ended_in_no_number_does_not_end_the_report(study: Study) -> None:
+    results = synthetic_results(study)
+    for row in results.rows:
+        if (row['arm'], row['seed']) == ('SLOPE 2:4 W2', 1):
+            row['curves']['loss'][-1] = None
+    assert sorted(results.training_loss('shapes', 'SLOPE 2:4 W2')) == [0, 2, 3, 4]
+    row = cells(markdown(study, results), '2:4 + 2 bit (table 7)', 'SLOPE 2:4 W2')
+    assert row[1] == '5' and float(row[7]) > 0
+
+
 def test_what_is_missing_is_said(study: Study) -> None:
     results = synthetic_results(study)
     results.rows = [

@@ -88,6 +88,26 @@ def test_threads_do_not_depend_on_the_machine_nor_on_the_jobs() -> None:
     assert one['MASTER_PORT'] == one['PORT'] and many['MASTER_PORT'] == many['PORT']
 
 
+@pytest.mark.parametrize(
+    ('given', 'slots'),
+    [
+        (None, ['0', '1', '2']),
+        ('4,5,7', ['4', '5', '7']),
+        ('GPU-a,GPU-b,GPU-c', ['GPU-a', 'GPU-b', 'GPU-c']),
+    ],
+)
+def test_each_trial_has_a_gpu_of_those_that_were_given(
+    given: str | None, slots: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 3)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if given is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
+    found = [Launcher().environment(slot, 4)['CUDA_VISIBLE_DEVICES'] for slot in range(4)]
+    assert found == [*slots, slots[0]]
+    assert Launcher().environment(0, 1).get('CUDA_VISIBLE_DEVICES') == given
+
+
 def test_the_last_error_line_is_found_among_what_comes_after() -> None:
     traceback = ['Traceback', '  File "x"', 'torch.OutOfMemoryError: CUDA out of memory', 'bye']
     assert last_error(traceback, 1) == 'torch.OutOfMemoryError: CUDA out of memory'

@@ -22,7 +22,14 @@ from slope_mm.studies.runner import Runner
 from slope_mm.studies.study import Start, Study
 from slope_mm.studies.study_file import parse_study, read_study
 from slope_mm.studies.tables import markdown
-from slope_mm.studies.trials import Site, Trial, fill_in_start, hook_files, plan_trials
+from slope_mm.studies.trials import (
+    Site,
+    Trial,
+    fill_in_start,
+    hook_files,
+    plan_trials,
+    start_trial,
+)
 
 ROOT = Path(__file__).parents[2]
 DIFFER = 'The weights of the starts differ'
@@ -146,6 +153,23 @@ def test_a_start_that_was_replaced_is_another_trial(
         trials, _ = plan_trials(study, Site(tmp_path))
         keys.append({trial.key for trial in trials})
     assert keys[0] == keys[1] and not keys[0] & keys[2]
+
+
+def test_a_start_that_is_trained_from_another_checkpoint_is_another_trial(
+    tiny_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    study = checkpoint_study(tiny_config, tmp_path, None)
+    keys = []
+    for load_from in (None, 'https://nowhere.example/a.pth', 'https://nowhere.example/b.pth'):
+        start = Start('configs/mask_rcnn_r18_shapes_scratch.py', options={'load_from': load_from})
+        trial = start_trial(replace(study.tasks[0], start=start), 0, Site(tmp_path))
+        assert trial is not None
+        keys.append(trial.key)
+    assert len(set(keys)) == 3
+    # What trains from scratch is what it was before that counted.
+    plain = Start('configs/mask_rcnn_r18_shapes_scratch.py')
+    trial = start_trial(replace(study.tasks[0], start=plain), 0, Site(tmp_path))
+    assert trial is not None and trial.key == keys[0]
 
 
 def test_a_teacher_may_be_the_start(

@@ -170,6 +170,14 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         setting('figures', 0, 'series', 'x', value=['nobody*']),
         "'nobody\\*' is no arm",
     ),
+    'bad interplay': (
+        setting('interplay', value={'sparsity': ['4:2'], 'bits': [4]}),
+        "interplay: .*'4:2'",
+    ),
+    'bits of an interplay': (
+        setting('interplay', value={'sparsity': ['2:4'], 'bits': [1]}),
+        'interplay: .*1',
+    ),
     'bad threshold': (
         setting('thresholds', value=[{'dense': 'fp32', 'sparse': 'naive'}]),
         'threshold 0: quantized',
@@ -307,6 +315,37 @@ def test_an_override_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     arm = {'name': 'a', 'options': {'optim_wraper.optimizer.lr': 1e-5}}
     with pytest.raises(SlopeError, match="arm 'a'.*'optim_wraper' there; nearest: 'optim_wrapper'"):
         planned(monkeypatch, tmp_path, parsed(arms=[*STUDY['arms'], arm]))
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ({'load_from': 'a.pth'}, "'load_from', but the task names a start"),
+        ({'randomness.seed': 7}, 'override the seed'),
+        ({'randomness': {'seed': 7}}, 'override the seed'),
+    ],
+)
+def test_overrides_that_a_trial_would_not_take_are_refused(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scratch = {'config': 'configs/mask_rcnn_r18_shapes_scratch.py'}
+    task = {**STUDY['tasks']['shapes'], 'start': scratch}
+    arm = {'name': 'a', 'options': options}
+    with pytest.raises(SlopeError, match=f"arm 'a' on task 'shapes': .*{words}"):
+        planned(monkeypatch, tmp_path, parsed(tasks={'shapes': task}, arms=[*STUDY['arms'], arm]))
+
+
+def test_hooks_that_an_fp32_arm_gets_compressed_ones_get_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ema = {'custom_hooks': [{'type': 'EMAHook'}]}
+    task = {**STUDY['tasks']['shapes'], 'options': ema}
+    trials = planned(monkeypatch, tmp_path, parsed(tasks={'shapes': task}))
+    for name in ('fp32', 'naive'):
+        hooks = [hook['type'] for hook in trials[name, 0].config.custom_hooks]
+        assert hooks.count('EMAHook') == 1
+    # Those of the compressed arms are all there still.
+    assert sum('Slope' in hook for hook in hooks) >= 3
 
 
 def test_a_recipe_that_does_not_fit_the_model_is_refused(

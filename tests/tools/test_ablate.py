@@ -138,17 +138,27 @@ def test_a_study_from_its_interruption_to_its_report(
     # What another machine found on data that this one has not.
     elsewhere = {**content['interplay'][0], 'task': 'absent'}
     content['interplay'].append(elsewhere)
+    content['failed'].append({**failed, 'arm': 'renamed since'})
     (out / 'results.json').write_text(json.dumps(content))
     code, output, _ = ablate('--arms', 'slope')
     assert '1 of 1 trials are done already' in output
     content = json.loads((out / 'results.json').read_text())
     assert content['interplay'].count(elsewhere) == 1
+    assert [f['arm'] for f in content['failed']] == ['broken']
     content['interplay'].remove(elsewhere)
     (out / 'results.json').write_text(json.dumps(content))
     # The other arm was not asked for, so its failure still stands.
     assert code == 1
     after = (folder / 'train.log').stat().st_mtime_ns, (folder / 'result.json').stat().st_mtime_ns
     assert after == before
+
+    # As if the folder of all runs, with the start in it, had moved meanwhile.
+    (config,) = (p / 'config.py' for p in study.parent.glob('runs/*') if p != folder)
+    right = config.read_text()
+    config.write_text(right.replace(str(dense_run.checkpoint), '/gone/start.pth'))
+    code, output, _ = ablate('--arms', 'broken')
+    assert code == 1 and 'batch_size=-3' in output and '/gone' not in output
+    assert config.read_text() == right
 
     # Redrawn from the results alone.
     for path in out.glob('*.[mp]*'):
