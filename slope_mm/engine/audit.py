@@ -11,10 +11,15 @@ from slope_mm.ops import NMPattern
 
 
 @torch.no_grad()
-def audit(model: nn.Module) -> list[str]:
+def audit(model: nn.Module, on_ramp: bool = False) -> list[str]:
     """Checks masks and codes of a model after a training step.
 
     Independent of how they were made: groups are counted in the compressed weight itself.
+
+    Args:
+        model: The model.
+        on_ramp: Whether masks become sparser during the training: one that is held may be of an
+            earlier pattern then, until it is found anew.
 
     Returns:
         Warnings about layers that did not run in the step.
@@ -29,7 +34,13 @@ def audit(model: nn.Module) -> list[str]:
         spec = layer.slope_spec
         compressed = layer.compressed_weight()
         mask = layer.mask
-        if isinstance(layer._pattern_now, NMPattern) and mask is not None:
+        if mask is not None and bool((compressed != 0).logical_and_(~mask).any()):
+            raise SlopeError(
+                f"layer '{name}' has weights that its mask prunes; this is a bug in slope_mm,"
+                ' please report it'
+            )
+        lags = on_ramp and layer.slope_mask is not None
+        if isinstance(layer._pattern_now, NMPattern) and mask is not None and not lags:
             m, axis = layer._pattern_now.m, layer.input_axis
             groups = (compressed != 0).unflatten(axis, (-1, m)).sum(axis + 1)
             if int(groups.max()) > layer._pattern_now.n:

@@ -186,6 +186,8 @@ class FirstBatchCalibration:
         args, kwargs = copied_samples(args), copied_samples(kwargs)
         with undisturbed(model), observing(model):
             model.forward(*args, **kwargs)
+        # Older torch would hand autocast's copies of this forward to the next, which have no graph.
+        torch.clear_autocast_cache()
 
 
 def is_training_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -57,6 +57,8 @@ from slope_mm.engine.unpickler import Refused, RestrictedPickle
 from slope_mm.errors import CheckpointError, PackedFileError, nearest
 from slope_mm.packing.container import is_packed
 
+# In a checkpoint's meta: its weights are compressed ones, of a stock model.
+BAKED = 'slope_mm_baked'
 # The number that opens torch's older file format, as its pickle stores it.
 _LEGACY_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
 

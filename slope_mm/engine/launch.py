@@ -29,7 +29,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 from slope_mm.convert import compressed_layers
-from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.checkpoint import BAKED, load_checkpoint_file
 from slope_mm.engine.data_files import check_annotations, check_data
 from slope_mm.engine.fit import check_fit
 from slope_mm.engine.mixed_precision import has_accelerator
@@ -334,6 +334,21 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"'{path}' holds no state dict; give a checkpoint of a detector")
     check_fit(model, _for_student_and_teacher(model, state), complete=complete)
+    if not complete or not compressed_layers(model):
+        return
+    meta = loaded.get('meta')
+    if isinstance(meta, Mapping) and BAKED in meta:
+        raise CheckpointError(
+            f"'{path}' holds compressed weights of the stock model (tools/export.py stock), which"
+            ' would be compressed once more, with steps that were not learned; give the checkpoint'
+            ' that it was made of'
+        )
+    if not any(key.endswith('.slope_layer') for key in state):
+        warnings.warn(
+            f"'{path}' is the checkpoint of a dense model: its weights are compressed as they are,"
+            ' which no training has prepared them for',
+            stacklevel=2,
+        )
 
 
 def _for_student_and_teacher(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:

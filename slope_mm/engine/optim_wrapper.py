@@ -69,6 +69,8 @@ class Guard(Protocol):
 
     def admits_gradients(self) -> bool: ...
 
+    def updated(self) -> None: ...
+
 
 def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
     norms = [torch.linalg.vector_norm(x.float()) for x in tensors if x is not None]
@@ -256,6 +258,8 @@ class RegularizedOptimWrapper(OptimWrapper):
         """
         if self._refused():
             return
+        if self.guard is not None:
+            self.guard.updated()
         steps = self._steps()
         if not steps:
             super().step(**kwargs)

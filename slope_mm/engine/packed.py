@@ -177,7 +177,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         # Stock detectors write into the config that they are built from.
         built = MODELS.build(Config(copy.deepcopy(config)).model)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise PackedFileError(
             f"the model that {os.fspath(path)}'s config describes cannot be built ({reason}); build"
             ' it, and give it as load_packed(path, model)'

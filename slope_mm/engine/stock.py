@@ -16,15 +16,12 @@ from torch import nn
 
 from slope_mm.convert import bake, compressed_layers, settled_layers
 from slope_mm.engine import launch
-from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.checkpoint import BAKED, load_checkpoint_file
 from slope_mm.engine.packed import stock_model
 from slope_mm.errors import SlopeError
 from slope_mm.layers import Projection, stock_type
 from slope_mm.layers.ties import compressed_ties
 from slope_mm.packing.container import write_atomically
-
-# In a checkpoint's meta: its weights are compressed ones, of a stock model.
-BAKED = 'slope_mm_baked'
 
 
 def save_stock(

@@ -94,8 +94,9 @@ def latest_checkpoint(work_dir: str, folder: str | None = None) -> str | None:
 
 
 def _has_an_end(path: str) -> bool:
-    # A zip archive's table of contents comes last: no reading of hundreds of megabytes.
-    return os.path.isfile(path) and zipfile.is_zipfile(path)
+    # Some strategies write a folder. A zip archive's table of contents comes last: no reading of
+    # hundreds of megabytes.
+    return os.path.isdir(path) or (os.path.isfile(path) and zipfile.is_zipfile(path))
 
 
 def _resumable(folder: Path) -> Iterator[str]:

@@ -120,9 +120,33 @@ def _default_dict(factory: Any = None) -> defaultdict[Any, Any]:
     return defaultdict(kinds[factory.name])
 
 
+def _collection(kind: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """What is made of a list that the file holds: a range would be laid out."""
+
+    def make(items: Any = ()) -> Any:
+        if type(items) not in (list, tuple, set, dict):
+            raise Refused(f'{name}({_describe(items)})')
+        return kind(items)
+
+    return make
+
+
+# A ConfigDict copies what it is made of, and what is named twice twice.
+_MOST_ITEMS = 10**5
+
+
 def _config_dict(items: Any) -> ConfigDict:
     if type(items) is not dict:
         raise Refused(f'mmengine ConfigDict({_describe(items)})')
+    waiting: list[Any] = [items]
+    left = _MOST_ITEMS
+    while waiting:
+        item = waiting.pop()
+        parts = list(item.values()) if isinstance(item, dict) else list(item)
+        left -= len(parts)
+        if left < 0:
+            raise Refused(f'mmengine ConfigDict of more than {_MOST_ITEMS} items')
+        waiting += [part for part in parts if isinstance(part, (dict, list, tuple))]
     return ConfigDict(items)
 
 
@@ -151,16 +175,17 @@ _CALLABLES: dict[str, Callable[..., Any] | None] = {
     'torch._utils._rebuild_tensor_v2': _tensor_v2,
     'torch._utils._rebuild_tensor_v3': _tensor_v3,
     'torch._utils._rebuild_parameter': _parameter,
-    'torch.Size': torch.Size,
+    'torch.Size': _collection(torch.Size, 'torch.Size'),
     'torch.device': torch.device,
     'collections.OrderedDict': OrderedDict,
-    'collections.Counter': Counter,  # the milestones of MultiStepLR
+    # The milestones of MultiStepLR.
+    'collections.Counter': _collection(Counter, 'collections.Counter'),
     'collections.defaultdict': _default_dict,
     'builtins.dict': None,
     'builtins.int': None,
     'builtins.list': None,
-    'builtins.set': set,
-    'builtins.frozenset': frozenset,
+    'builtins.set': _collection(set, 'builtins.set'),
+    'builtins.frozenset': _collection(frozenset, 'builtins.frozenset'),
     'builtins.bytes': lambda: b'',  # only the empty one is written this way
     'builtins.bytearray': _byte_array,
     'builtins.complex': complex,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from slope_mm.layers.base import CompressedLayer
+from slope_mm.layers.state import shape_in
 
 
 class BareWeight(NamedTuple):
@@ -40,7 +41,7 @@ class Projection(CompressedLayer):
         # Within a tuple, or the owner would become a child of its child.
         self._owner = (owner,)
         self.parameter = parameter
-        self.weight_comes = False
+        self.coming_shape: tuple[int, ...] | None = None
         self.train(owner.training)
 
     @property
@@ -59,9 +60,11 @@ class Projection(CompressedLayer):
             if child is self:
                 del self.owner._modules[name]
 
-    def _weight_comes(self, state_dict: Mapping[str, object], prefix: str) -> bool:
+    def _coming_shape(
+        self, state_dict: Mapping[str, object], prefix: str
+    ) -> tuple[int, ...] | None:
         # A child is not shown the keys of its owner, who says so instead.
-        return self.weight_comes
+        return self.coming_shape
 
 
 class ThreeInputs(Projection):
@@ -126,5 +129,5 @@ class Composite(nn.Module):
     ) -> None:
         for child in self.children():
             if isinstance(child, Projection):
-                child.weight_comes = prefix + child.parameter in state_dict
+                child.coming_shape = shape_in(state_dict, prefix + child.parameter)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -56,7 +56,7 @@ class WeightReuse:
 
     def __init__(self) -> None:
         self._seen: Tensor | None = None
-        self._kinds: list[tuple[torch.dtype, torch.device]] = []
+        self._kinds: list[Any] = []
         self._open: list[list[CompressedLayer]] = []
 
     @classmethod
@@ -100,7 +100,10 @@ class WeightReuse:
         if not layers:
             return
         # The values as float32 say nothing of their dtype.
-        now, kinds = fingerprint(layers), [(x.weight.dtype, x.weight.device) for x in layers]
+        now = fingerprint(layers)
+        # A tensor of inference mode is of no use outside.
+        kinds: list[Any] = [torch.is_inference_mode_enabled()]
+        kinds += [(layer.weight.dtype, layer.weight.device) for layer in layers]
         same = self._seen is not None and torch.equal(now, self._seen.to(now.device))
         same = same and kinds == self._kinds
         self._seen, self._kinds = now, kinds

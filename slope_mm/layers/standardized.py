@@ -45,7 +45,7 @@ class StandardizedWeight(CompressedLayer):
         if prefix + STANDARDIZED in state_dict:
             mark = torch.ones(1, dtype=torch.uint8, device=self.weight.device)
             self.slope_standardized = mark
-        elif self._weight_comes(state_dict, prefix):
+        elif self._coming_shape(state_dict, prefix) == tuple(self.weight.shape):
             self.slope_standardized = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

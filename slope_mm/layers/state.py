@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from typing import Any
 
@@ -21,6 +21,11 @@ _TRANSIENT: dict[str, Any] = {
     '_sharing': False,
     '_observers': [],
 }
+
+
+def shape_in(state_dict: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """The shape of what a state dict has under a key; None where it has nothing."""
+    return tuple(getattr(state_dict[key], 'shape', ())) if key in state_dict else None
 
 
 class SavedState(SharedWeightScope, QuantizedInput):
@@ -101,9 +106,9 @@ class SavedState(SharedWeightScope, QuantizedInput):
         self.initialise_step()
         self._await_initialisation()
 
-    def _weight_comes(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether the state dict that is being loaded holds the layer's weight."""
-        return prefix + 'weight' in state_dict
+    def _coming_shape(self, state_dict: dict[str, Any], prefix: str) -> tuple[int, ...] | None:
+        """The shape of the layer's weight in the state dict that is being loaded; None without."""
+        return shape_in(state_dict, prefix + 'weight')
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self._step_ready:
@@ -127,7 +132,9 @@ class SavedState(SharedWeightScope, QuantizedInput):
             CheckpointError: If the layer was compressed in another way when it was saved.
         """
         self._check_signature(state_dict.get(prefix + 'slope_layer'), prefix)
-        has_weight = self._weight_comes(state_dict, prefix)
+        coming = self._coming_shape(state_dict, prefix)
+        # A head for other classes is not loaded, but for those of its tensors that happen to fit.
+        has_weight = coming == tuple(self.weight.shape)
         held = state_dict.get(prefix + 'slope_mask')
         if held is not None and held.shape == self.weight.shape and self.slope_spec.pattern:
             # A buffer of the right shape for the parent class to fill.
@@ -144,9 +151,11 @@ class SavedState(SharedWeightScope, QuantizedInput):
         missing_keys.extend(key for key in missing if not key.startswith(own))
         if has_weight:
             self._begin_again(state_dict, own)
-        if prefix + 'slope_step' in state_dict:
+        step, saved = self.slope_step, shape_in(state_dict, prefix + 'slope_step')
+        step_comes = saved is not None and step is not None and saved == tuple(step.shape)
+        if step_comes and (has_weight or coming is None):
             self._step_ready = True
-        elif has_weight:
+        elif has_weight or step_comes:
             self._await_initialisation()
         if self.slope_spec.activation_bits is not None:
             if prefix + 'slope_act_signed' in state_dict:

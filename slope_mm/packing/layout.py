@@ -20,6 +20,10 @@ FLOAT_BYTES = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}
 MAX_GROUP = 32
 MAX_BITS = 8
 MAX_INPUTS = 8
+# As many as the oldest numpy knows.
+MAX_AXES = 32
+# 129 of them are a float32.
+LARGEST_STEP = 1e36
 
 
 #: Fields that version 1 does not know.
@@ -179,8 +183,10 @@ class WeightLayout:
         _require(not unknown, f'the header has unknown fields {sorted(unknown)[:3]}')
         shape = given.get('shape')
         _require(
-            isinstance(shape, list) and all(_is_int(size, 0, 2**40) for size in shape),
-            f'its shape {shape!r} is impossible',
+            isinstance(shape, list)
+            and len(shape) <= MAX_AXES
+            and all(_is_int(size, 0, 2**40) for size in shape),
+            f'its shape {shape!r:.80} is impossible',
         )
         given['shape'] = tuple(shape)  # type: ignore[arg-type]
         given['input'] = _input_quantizer(given.get('input'))
@@ -295,6 +301,6 @@ def _input_quantizer(given: Any) -> InputQuantizer | None:
         return None
     fits = isinstance(given, list) and len(given) == 3 and _is_int(given[0], 2, MAX_BITS)
     fits = fits and given[1] in (None, True, False)
-    fits = fits and isinstance(given[2], (int, float)) and math.isfinite(given[2])
-    _require(fits, f'its activation quantizer is {given!r}')
+    fits = fits and isinstance(given[2], (int, float)) and 0 < given[2] < LARGEST_STEP
+    _require(fits, f'its activation quantizer is {given!r:.80}')
     return InputQuantizer(given[0], given[1], float(given[2]))

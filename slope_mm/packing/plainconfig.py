@@ -55,7 +55,10 @@ def from_plain(value: Any) -> Any:
     if value.keys() == {ITEMS}:
         pairs = from_plain(value[ITEMS])
         if isinstance(pairs, list) and all(_is_item(pair) for pair in pairs):
-            return dict(pairs)
+            try:
+                return dict(pairs)
+            except TypeError:
+                raise PackedFileError('the header has a dict whose key is a list') from None
     return {key: from_plain(item) for key, item in value.items()}
 
 

@@ -15,12 +15,10 @@ from slope_mm.errors import PackedFileError
 from slope_mm.packing.codec import decode_step, decode_weight, weight_values
 from slope_mm.packing.container import Container, StoredTensor, parse_container, read_container
 from slope_mm.packing.dtypes import NUMPY_DTYPES, as_float32
-from slope_mm.packing.layout import FLOAT_BYTES, SECOND_VERSION, WeightLayout
+from slope_mm.packing.layout import FLOAT_BYTES, LARGEST_STEP, SECOND_VERSION, WeightLayout
 
 # A constant costs the file nothing, whatever its shape.
 LARGEST_CONSTANT = 2**31
-# 129 of them are a float32.
-LARGEST_STEP = 1e36
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,9 @@ def _constant(key: str, entry: Any) -> NDArray:
         if dtype == 'BF16':
             dtype = 'F32'
         numel = math.prod(int(size) for size in shape)
-        if min(shape, default=0) < 0 or numel > LARGEST_CONSTANT:
+        # A list would be laid out, one number is not.
+        is_number = isinstance(value, (bool, int, float))
+        if min(shape, default=0) < 0 or numel > LARGEST_CONSTANT or not is_number:
             raise ValueError
         return np.broadcast_to(np.array(value, NUMPY_DTYPES[dtype]), shape)
     except (TypeError, ValueError, KeyError, OverflowError):

@@ -27,7 +27,13 @@ from slope_mm.packing.container import (
     to_text,
     write_atomically,
 )
-from slope_mm.packing.layout import CODINGS, InputQuantizer, WeightLayout, shared_values
+from slope_mm.packing.layout import (
+    CODINGS,
+    LARGEST_STEP,
+    InputQuantizer,
+    WeightLayout,
+    shared_values,
+)
 from slope_mm.packing.plainconfig import to_plain
 from slope_mm.packing.reader import weight_key
 from slope_mm.version import __version__
@@ -137,6 +143,7 @@ def pack(
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, WeightLayout] = {}
     for name, layer in layers.items():
+        _refuse_what_no_file_holds(name, layer)
         layout, tensors[keys[name]] = _encode_layer(layer, coding, half)
         usual = weight_key(name, None)
         layouts[name] = replace(layout, key=None if keys[name] == usual else keys[name])
@@ -200,6 +207,23 @@ def _serialise(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
 
 
 # --- one layer -----------------------------------------------------------------------------------
+
+
+def _refuse_what_no_file_holds(name: str, layer: CompressedLayer) -> None:
+    """Refuses a layer that a reader would refuse, or that would come back as another one."""
+    weight, step = layer.latent_weight(), layer.step
+    if not bool(torch.isfinite(weight).all()):
+        raise PackedFileError(
+            f"layer '{name}' has NaN or infinity in its weight, for which there are no codes; go"
+            ' back to a checkpoint that is finite'
+        )
+    for what, steps in (('weight', step), ('input', layer.slope_act_step)):
+        # What is NaN is not below.
+        if steps is not None and not bool((positive(steps) < LARGEST_STEP).all()):
+            raise PackedFileError(
+                f"layer '{name}': a step of its {what} is NaN or not below {LARGEST_STEP:g}; go"
+                ' back to a checkpoint that is finite'
+            )
 
 
 def _encode_layer(
@@ -281,7 +305,7 @@ def _input_quantizers(layer: CompressedLayer) -> tuple[InputQuantizer, ...]:
         return ()
     return tuple(
         InputQuantizer(bits, layer.input_signed(which), float(step))
-        for which, step in enumerate(layer.slope_act_step)
+        for which, step in enumerate(positive(layer.slope_act_step))
     )
 
 

@@ -50,6 +50,7 @@ pytestmark = pytest.mark.usefixtures('installed')
 
 HISTORY = name('mmengine.logging.history_buffer', 'HistoryBuffer')
 GETATTR = name('__builtin__', 'getattr')
+RANGE = name('__builtin__', 'range')
 ORDERED = name('collections', 'OrderedDict') + b')R'
 FLOATS = call(name('numpy', 'dtype'), unicode('f8'), b'\x89', b'\x88')
 
@@ -322,6 +323,20 @@ MISUSES = {
         ),
         'builtins.bytearray',
     ),
+    **{
+        f'{word} of a range': (
+            program(
+                call(name(module, word), call(name('__builtin__', 'range'), b'J\xff\xff\xff\x7f'))
+            ),
+            f'{word}(range)',
+        )
+        for module, word in (
+            ('__builtin__', 'set'),
+            ('__builtin__', 'frozenset'),
+            ('collections', 'Counter'),
+            ('torch', 'Size'),
+        )
+    },
     'append to another type': (program(ORDERED, b'K\x01a'), 'OrderedDict.extend'),
     'items of another type': (program(HISTORY, b')\x81', b'K\x01K\x01s'), '__setitem__'),
     'a name of Python 2': (program(name('commands', 'getoutput')), 'subprocess.getoutput'),

@@ -254,9 +254,45 @@ def test_an_accumulated_update_is_dropped_as_a_whole(bad: int, tmp_path: Path) -
         assert not tiny.differing(seen.states[iteration - 1], seen.states[iteration])
 
 
+class NanGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * NAN
+
+
+@MODELS.register_module(force=True)
+class NanGradientNet(tiny.ToyNet):
+    """A fine loss whose gradient never is."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if isinstance(out, dict):
+            out['loss'] = NanGradients.apply(out['loss'])
+        return out
+
+
+@pytest.mark.parametrize('way', ['gradients', 'halves'])
+def test_a_training_that_never_updates_ends_though_losses_are_fine(
+    way: str, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, hook__action='skip', hook__max_skips=2, train_cfg__max_iters=16)
+    if way == 'gradients':
+        config.model.arch = 'NanGradientNet'
+    else:
+        # One of the two iterations of each update.
+        config.train_dataloader.dataset.spoilt = tuple(range(4, 64, 8))
+        config.optim_wrapper.accumulative_counts = 2
+    with pytest.raises(TensorError, match='2 iterations were skipped already without an update'):
+        tiny.train(config)
+
+
 def test_so_many_in_a_row_end_the_training(tmp_path: Path) -> None:
     spoilt = (5, 9, 13)
-    with pytest.raises(TensorError, match='iteration 4 .* 2 iterations in a row were skipped'):
+    with pytest.raises(TensorError, match='iteration 4 .* 2 iterations were skipped'):
         tiny.train(config_of(tmp_path / 'a', spoilt, hook__action='skip', hook__max_skips=2))
     tiny.train(config_of(tmp_path / 'b', spoilt, hook__action='skip', hook__max_skips=3))
 
@@ -297,6 +333,9 @@ def test_the_loss_scaler_keeps_its_gradients(tmp_path: Path) -> None:
         def admits_gradients(self) -> bool:
             self.asked += 1
             return True
+
+        def updated(self) -> None:
+            pass
 
     torch.manual_seed(0)
     model = slope_mm.convert(torch.nn.Linear(8, 8), dict(weight=dict(sparsity='2:4', bits=4)))

@@ -243,6 +243,20 @@ def test_audit_finds_a_broken_pattern(tmp_path: Path) -> None:
         audited(tmp_path, 'mask')
 
 
+@pytest.mark.parametrize('at', [6, 7])
+def test_audit_knows_that_a_held_mask_follows_a_ramp_later(at: int, tmp_path: Path) -> None:
+    hooks = [
+        dict(type='slope_mm.SlopeScheduleHook', ramp_until=1.0, mask_interval=4),
+        dict(type='slope_mm.SlopeMonitorHook', picture=False),
+    ]
+    config = tiny.toy_config(tmp_path, train_cfg__max_iters=12, custom_hooks=hooks)
+    config.model.recipe = dict(weight=dict(sparsity='2:8', bits=4))
+    config.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+    whole = tiny.state_of(tiny.train(config).model)
+    config.update(load_from=str(tmp_path / f'iter_{at}.pth'), resume=True)
+    assert not tiny.differing(tiny.state_of(tiny.train(config).model), whole)
+
+
 def test_audit_finds_too_many_codes(tmp_path: Path) -> None:
     with pytest.raises(SlopeError, match=r"layer 'twice' uses \d+ codes, more than 4 bits"):
         audited(tmp_path, 'codes')

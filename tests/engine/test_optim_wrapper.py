@@ -14,6 +14,7 @@ import tiny
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from wrapper_cases import (
@@ -115,6 +116,17 @@ def test_bf16_autocast_keeps_steps_and_regularizer_in_fp32(toy: nn.Module) -> No
     for name, step in tiny.steps_of(toy).items():
         assert step.dtype == torch.float32
         assert (step > 0).all(), name
+
+
+def test_calibration_on_the_first_batch_leaves_every_gradient_its_way() -> None:
+    """torch 2.1 keeps autocast's copies of a forward that had no graph for the next one."""
+    init_default_scope('mmengine')
+    recipe = dict(tiny.TOY_RECIPE, rules=[dict(match='mix', compress=False)])
+    model = MODELS.build(dict(type='slope_mm.SlopeModel', arch='ToyNet', recipe=recipe)).train()
+    wrapper = wrapper_of(model, type='SlopeAmpOptimWrapper')
+    found = gradients_at_step(wrapper, model)
+    model.train_step(toy_batch(0, 4), wrapper)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 # --- mistakes ------------------------------------------------------------------------------------

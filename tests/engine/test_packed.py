@@ -360,6 +360,19 @@ def test_the_best_of_each_metric_and_checkpoints_within_a_ramp(
         assert_beside(tmp_path / 'run' / f'{name}.pth', run.config)
 
 
+def test_a_resumed_run_removes_the_packed_files_of_checkpoints_that_go(tmp_path: Path) -> None:
+    config = tiny.toy_config(tmp_path, train_cfg__max_iters=2)
+    config.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=1)
+    config.custom_hooks = [dict(type='slope_mm.SlopeExportHook')]
+    tiny.train(config)
+    (tmp_path / 'mine.slope').write_text('of nobody')
+    config.update(resume=True)
+    config.train_cfg.max_iters = 4
+    tiny.train(config)
+    assert {path.name for path in tmp_path.glob('iter_*')} == {'iter_4.pth', 'iter_4.slope'}
+    assert (tmp_path / 'mine.slope').exists()
+
+
 def test_a_checkpoint_of_always_the_same_name_has_its_newest_file(tmp_path: Path) -> None:
     config = tiny.toy_config(tmp_path, train_cfg__max_iters=3)
     config.default_hooks.checkpoint.update(interval=1, filename_tmpl='latest.ckpt')

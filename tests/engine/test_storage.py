@@ -168,6 +168,13 @@ def run(two_epochs: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_checkpoint_may_be_a_folder(run: Path) -> None:
+    """As DeepSpeed writes it."""
+    (run / 'iter_3.pth').mkdir()
+    (run / 'last_checkpoint').write_text(str(run / 'iter_3.pth'))
+    assert latest_checkpoint(str(run)) == str(run / 'iter_3.pth')
+
+
 def cut(path: Path, keep: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])

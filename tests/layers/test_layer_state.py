@@ -122,6 +122,26 @@ def test_an_untouched_model_saves_usable_steps() -> None:
         assert torch.equal(layer.slope_step, expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize('granularity', ['channel', 'tensor'])
+def test_a_head_for_other_classes_gets_steps_of_its_own(granularity: str) -> None:
+    recipe = dict(weight=dict(sparsity='2:4', bits=4, step=granularity))
+    trained = compress(Net(), recipe)
+    with torch.no_grad():
+        for layer in slope_mm.compressed_layers(trained).values():
+            layer.step.mul_(2)  # type: ignore[union-attr]
+    torch.manual_seed(1)
+    net = Net()
+    net.fc = nn.Linear(4, 20)
+    wanted = compress(copy.deepcopy(net), recipe).fc.step
+    model = compress(net, recipe)
+    before = model.fc.weight.clone()
+    # As a runner loads load_from: what does not fit is logged.
+    mmengine_checkpoint.load_state_dict(model, trained.state_dict(), strict=False)
+    assert torch.equal(model.fc.weight, before)
+    assert torch.equal(model.fc.step, wanted)
+    assert torch.equal(model.conv.step, trained.conv.step)
+
+
 def test_a_state_dict_that_does_not_speak_of_a_layer_leaves_it_alone() -> None:
     model = compress(Net(), W4A4)
     model(torch.randn(2, 3, 9, 9))

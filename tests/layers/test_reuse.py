@@ -217,6 +217,20 @@ def test_a_kept_weight_is_of_the_models_dtype(model: nn.Module, dtype: torch.dty
         assert model.to(dtype)(x.to(dtype)).dtype == dtype
 
 
+def test_what_inference_mode_has_kept_is_not_used_outside(model: nn.Module) -> None:
+    x = torch.rand(2, 8, 6, 6)
+    with torch.inference_mode():
+        first = model(x)
+        assert torch.equal(model(x), first)
+    with torch.no_grad():
+        assert torch.equal(model(x), first)
+        assert torch.equal(model(x), first)
+    with torch.inference_mode():
+        assert torch.equal(model(x), first)
+    model.train()
+    model(x).sum().backward()
+
+
 def test_copies_start_without_what_was_kept(model: nn.Module, counted: list[int]) -> None:
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():

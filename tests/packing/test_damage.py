@@ -253,6 +253,10 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     'an unknown field': (layer('conv', zero_point=3), "unknown fields ['zero_point']"),
     'an offset without bound': (layer('conv', offset=1e308), 'its offset is'),
     'a broken quantizer': (layer('conv', input=[4, 2, 1.0]), 'its activation quantizer'),
+    'a quantizer of a huge step': (layer('conv', input=[4, True, 1e300]), 'quantizer is [4, True'),
+    'a step that is no float': (layer('conv', input=[4, True, 10**400]), 'quantizer is [4, True'),
+    'a negative input step': (layer('conv', input=[4, True, -1.0]), 'quantizer is [4, True, -1.0]'),
+    'more axes than arrays have': (layer('conv', shape=[8, 8, 3, 3] + [1] * 66), 'its shape [8, 8'),
     'no object': (lambda header: header['layers'].update(conv=3), 'is not an object'),
     'an unknown layer': (
         lambda header: header['layers'].update(ghost=header['layers']['conv']),
@@ -265,6 +269,18 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     'a constant of no number': (
         lambda header: header['constants'].update(bad=['F32', [2], 'x']),
+        "tensor 'bad'",
+    ),
+    'a constant of texts that are numbers': (
+        lambda header: header['constants'].update(bad=['F32', [2], 'nan']),
+        "tensor 'bad'",
+    ),
+    'a constant that has to be laid out': (
+        lambda header: header['constants'].update(bad=['F32', [2**27, 2], [1.0, 2.0]]),
+        "tensor 'bad'",
+    ),
+    'a constant of too many axes': (
+        lambda header: header['constants'].update(bad=['F32', [1] * 70, 1.0]),
         "tensor 'bad'",
     ),
     'an alias of nothing': (

@@ -8,10 +8,13 @@ import stat
 from pathlib import Path
 
 import pytest
-from convertible_net import W4, trained
+import torch
+from convertible_net import W4, W4A4, trained
 
 from slope_mm import PackedFileError
 from slope_mm.packing import read_packed, save_packed
+
+NAN, INF = float('nan'), float('inf')
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -53,6 +56,29 @@ def test_a_full_disk_changes_nothing(existing: bool, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(path) in str(info.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ('where', 'value'),
+    [
+        ('weight', NAN),
+        ('weight', INF),
+        *((step, value) for step in ('slope_step', 'slope_act_step') for value in (NAN, INF, 1e37)),
+    ],
+)
+def test_what_no_reader_would_take_replaces_nothing(
+    where: str, value: float, tmp_path: Path
+) -> None:
+    model, path = trained(W4A4), tmp_path / 'model.slope'
+    save_packed(model, path)
+    before = contents(tmp_path)
+    # A mask that is found anew would refuse the weight first.
+    model.conv.hold_mask()
+    with torch.no_grad():
+        getattr(model.conv, where).view(-1)[0] = value
+    with pytest.raises(PackedFileError, match="layer 'conv'.*checkpoint that is finite"):
+        save_packed(model, path)
     assert contents(tmp_path) == before
 
 

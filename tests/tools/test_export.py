@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,28 @@ def test_a_packed_file_serves_as_a_checkpoint_of_export(
     assert {k: v.tobytes() for k, v in read_packed(again).items()} == {
         k: v.tobytes() for k, v in read_packed(source).items()
     }
+
+
+def test_weights_that_are_compressed_already_are_no_latent_ones(
+    weight_run: tiny.Run, exported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / 'again.slope'
+    code, _, errors = call('export', 'packed', weight_run.file, exported / 'stock.pth', out)
+    assert code == 2 and not out.exists()
+    assert 'compressed weights of the stock model' in errors and len(errors.splitlines()) == 1
+
+
+def test_a_dense_checkpoint_is_known_as_such(
+    weight_run: tiny.Run, dense_run: tiny.Run, tmp_path: Path
+) -> None:
+    out = tmp_path / 'one_shot.slope'
+    with pytest.warns(UserWarning, match='is the checkpoint of a dense model'):
+        code, *_ = call('export', 'packed', weight_run.file, dense_run.checkpoint, out)
+    assert code == 0 and out.exists()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', '.*dense model')
+        code, *_ = call('export', 'packed', weight_run.file, weight_run.checkpoint, out)
+    assert code == 0
 
 
 def test_options_of_the_packed_file(weight_run: tiny.Run, exported: Path, tmp_path: Path) -> None:

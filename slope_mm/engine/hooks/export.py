@@ -49,6 +49,14 @@ class SlopeExportHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Leaves checkpoints of an earlier run alone."""
         self._seen = self._named(runner)
+        # Private to mmengine's Runner, which has no other word for it.
+        if getattr(runner, '_resume', False):
+            # Those of this run: what they lie beside may be removed from now on.
+            for folder in {Path(path).parent for path, _ in self._seen.values()}:
+                for packed in folder.glob('*.slope'):
+                    for suffix in CHECKPOINT_SUFFIXES:
+                        if (beside := packed.with_suffix(suffix)).exists():
+                            self._written[packed] = beside
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Remembers what is being saved; its name is known once it is there."""

@@ -49,7 +49,8 @@ class SlopeFiniteHook(Hook):
     Args:
         action (str): ``'stop'`` ends the training with an error, ``'skip'`` passes over the
             iteration. Defaults to ``'stop'``.
-        max_skips (int): That many iterations in a row may be skipped. Defaults to 10.
+        max_skips (int): That many iterations may be skipped without an update between them.
+            Defaults to 10.
         activation_interval (int): Iterations between two looks at all activations: quantizers clip
             an infinite input to a finite one, which no loss betrays. 0 looks only where a loss is
             NaN or infinite. Defaults to 50.
@@ -151,7 +152,6 @@ class SlopeFiniteHook(Hook):
         else:
             fine_everywhere = fine
         if fine_everywhere:
-            self._in_a_row = 0
             return True
         # Repeated on all ranks or on none: losses may average over them.
         cause = self._cause()
@@ -173,6 +173,10 @@ class SlopeFiniteHook(Hook):
             self._refuse(f'the gradient of {listed(names)} is NaN or infinite; {_LOWER}')
         return not names
 
+    def updated(self) -> None:
+        """Learns that nothing was skipped: a loss alone, or half of an update, does not say so."""
+        self._in_a_row = 0
+
     # --- how ---------------------------------------------------------------------------------
 
     def _refuse(self, what: str) -> None:
@@ -183,7 +187,8 @@ class SlopeFiniteHook(Hook):
         self._in_a_row += 1
         if self._in_a_row > self.max_skips:
             raise TensorError(
-                f'{where}. {self.max_skips} iterations in a row were skipped already; {_LOWER}'
+                f'{where}. {self.max_skips} iterations were skipped already without an update'
+                f' between them; {_LOWER}'
             )
         self.skipped += 1
         with torch.no_grad():

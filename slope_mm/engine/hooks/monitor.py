@@ -74,7 +74,8 @@ class SlopeMonitorHook(Hook):
             runner.message_hub.update_scalar('train/slope_loss', wrapper.last_regularization)
         if not self._audited:
             self._audited = True
-            for warning in audit(_plain(runner.model)):
+            ramped = any(getattr(hook, 'ramp_until', 0) for hook in runner.hooks)
+            for warning in audit(_plain(runner.model), ramped):
                 runner.logger.warning(warning)
             self._look(runner)
         elif self.every_n_train_iters(runner, self.interval):
