@@ -277,7 +277,8 @@ class RegularizedOptimWrapper(OptimWrapper):
             layer.leave_zero()
 
     def _loss_factor(self) -> float:
-        factor = 1.0 / self._accumulative_counts
+        # The last update of a training may be accumulated over fewer iterations.
+        factor = float(self.scale_loss(torch.ones(())))
         decays = any(layer.slope_spec.gradient == 'sr_ste' for layer in self._layers)
         scaler = getattr(self, 'loss_scaler', None)
         # Asking the scaler stalls a GPU; only SR-STE needs to know.

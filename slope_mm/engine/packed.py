@@ -231,5 +231,7 @@ def read_packed_checkpoint(content: bytes, name: str) -> dict[str, Any]:
     except PackedFileError as error:
         text = str(error)
         raise PackedFileError(text if name in text else f'{name}: {text}') from None
-    meta = {'dataset_meta': from_plain(file.header.get('dataset_meta')) or {}}
+    dataset_meta = from_plain(file.header.get('dataset_meta'))
+    # Without class names mmdet takes COCO's, and says so.
+    meta = {'dataset_meta': dataset_meta} if isinstance(dataset_meta, dict) and dataset_meta else {}
     return {'state_dict': state, 'meta': meta}

@@ -92,6 +92,17 @@ def test_a_step_that_fails_leaves_nothing_behind(detector: nn.Module, batch: Any
         detector(**data, mode='loss')
 
 
+def test_decay_is_scaled_as_the_losses_of_the_last_update_too(toy: nn.Module) -> None:
+    """Five iterations in updates of two: the last one stands alone."""
+    wrapper = wrapper_of(toy, accumulative_counts=2)
+    wrapper.initialize_count_status(toy, 0, 5)
+    factors = []
+    toy.twice.register_forward_hook(lambda layer, *_: factors.append(layer.loss_factor))
+    for _ in range(5):
+        toy.train_step(toy_batch(0, 4), wrapper)
+    assert factors[::2] == [0.5] * 4 + [1.0]
+
+
 # --- mixed precision -----------------------------------------------------------------------------
 
 

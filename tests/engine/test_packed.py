@@ -304,6 +304,19 @@ def assert_beside(checkpoint: Path, config: Config) -> None:
         assert torch.equal(torch.from_numpy(found[key].copy()), value), key
 
 
+def test_a_file_without_class_names_has_no_meta_that_says_so(tmp_path: Path) -> None:
+    model = slope_mm.convert(torch.nn.Linear(8, 8), dict(weight=dict(sparsity='2:4', bits=4)))
+    for meta, wanted in (
+        (None, {}),
+        (dict(dataset_meta=dict(classes=('a',))), {'classes': ('a',)}),
+    ):
+        save_packed(model, tmp_path / 'a.slope', meta)
+        assert load_checkpoint_file(tmp_path / 'a.slope')['meta'].get('dataset_meta', {}) == wanted
+        assert ('dataset_meta' in load_checkpoint_file(tmp_path / 'a.slope')['meta']) == bool(
+            wanted
+        )
+
+
 def export_config(make: Callable[..., Config], work_dir: Path, **options: Any) -> Config:
     config = make(work_dir, **options)
     config.custom_hooks.append(dict(type='slope_mm.SlopeExportHook'))
