@@ -174,6 +174,15 @@ def test_errors_of_other_kinds_are_left_as_they_are(tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == 'ZeroDivisionError: a bug of its own'
 
 
+@pytest.mark.parametrize('library', ['libGL.so.1', 'libgthread-2.0.so.0', 'libxcb.so.1'])
+def test_what_a_server_lacks_for_opencv_is_mended_by_its_build_without_windows(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, 'prefix', '/opt/somewhere-else')
+    error = ImportError(f'{library}: cannot open shared object file: No such file or directory')
+    assert 'opencv-python-headless' in environment._install_command('mmengine', error)
+
+
 def test_command_for_an_environment_that_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, 'prefix', '/opt/somewhere-else')
     command = environment.mmcv_build_command()
@@ -282,6 +291,15 @@ def test_complete_environment_needs_nothing_until_what_it_was_made_from_changes(
 
     setup.write_state({'torch': 'torch==2.4.1'})  # as an interrupted set-up leaves it
     assert 'needs a C++ compiler' in make(clone, 'environment', programs={}).stdout
+
+
+def test_a_clone_that_was_moved_is_set_up_anew(clone: Path) -> None:
+    """The project lies in its environment as a path."""
+    made_from = load_setup(clone).fingerprint('torch==2.4.1')
+    assert load_setup(clone).fingerprint('torch==2.4.1') == made_from
+    moved = clone.with_name('moved')
+    shutil.copytree(clone, moved)
+    assert load_setup(moved).fingerprint('torch==2.4.1') != made_from
 
 
 def test_progress_is_read_from_the_last_line_of_ninja(clone: Path) -> None:

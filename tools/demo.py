@@ -50,6 +50,14 @@ class Arm:
         epochs = Config.fromfile(str(self.config)).train_cfg.max_epochs
         return self.folder / f'epoch_{epochs}.pth'
 
+    def has(self, step: str) -> bool:
+        """Whether what a step leaves is there."""
+        if step.startswith('train'):
+            return self.checkpoint.is_file()
+        if step.startswith('pack'):
+            return self.packed.is_file()
+        return any((self.folder / 'test').glob('*/*.json'))
+
     @property
     def packed(self) -> Path:
         """The packed file, of a compressed arm."""
@@ -113,7 +121,7 @@ class Steps:
         text = Config.fromfile(str(arm.config)).pretty_text
         key = hashlib.sha256('\n'.join([text, *command, after]).encode()).hexdigest()[:16]
         before = self.done.get(name, {})
-        made = not name.startswith('train') or arm.checkpoint.is_file()
+        made = arm.has(name)
         if before.get('key') == key and before.get('finished') and made:
             print(f'{name}: done before ({before["seconds"]:.0f} s)', flush=True)
             return key

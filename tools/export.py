@@ -139,6 +139,8 @@ def write_onnx(args: argparse.Namespace, config: Config, model: nn.Module, meta:
     from slope_mm.export.images import image_batches
     from slope_mm.export.writer import export_onnx
 
+    if args.num_images < 1:
+        raise ExportError(f'--num-images {args.num_images} is no number of images >= 1')
     batches = image_batches(config, args.num_images, args.images)
     metrics: dict[str, dict[str, float]] = {}
 

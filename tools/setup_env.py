@@ -182,7 +182,8 @@ def is_complete(torch_request: str) -> bool:
 
 def fingerprint(torch_request: str) -> str:
     """A digest of everything that decides what belongs into .venv."""
-    digest = hashlib.sha256(torch_request.encode())
+    # The project is installed by its path: a clone that was copied or moved is another one.
+    digest = hashlib.sha256(f'{torch_request}\0{ROOT}'.encode())
     rooms = sorted(Path(__file__).with_name('setup_steps').glob('*.py'))
     for path in (REQUIREMENTS, ROOT / 'setup.cfg', Path(__file__), *rooms):
         digest.update(b'\0' + path.read_bytes())

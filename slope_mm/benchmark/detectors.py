@@ -13,6 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from slope_mm.engine.calibration import observing
 from slope_mm.engine.launch import build_model, read_config
 from slope_mm.errors import ConfigError
 from slope_mm.ops.fused import fused
@@ -175,6 +176,16 @@ class TrainingStep:
         ]
         held = [*self._model.parameters(), *self._model.buffers(), *state]
         return sum(tensor.nbytes for tensor in held)
+
+
+def calibrate_on(model: BaseModel, batch: dict[str, Any]) -> None:
+    """Gives input quantizers a range: without one an input passes as it is in evaluation.
+
+    What is not reached (heads, where nothing is found) does not run when it is timed either.
+    """
+    model.eval()
+    with torch.no_grad(), observing(model):
+        model.val_step(copy.deepcopy(batch))
 
 
 def evaluation_step(model: BaseModel, config: Config, batch: dict[str, Any]) -> Callable[[], Any]:

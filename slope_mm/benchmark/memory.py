@@ -9,13 +9,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most bytes of tensors that one call holds at once, above what is alive before it.
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """The most bytes of tensors that one call on a device holds at once, above what it began with.
 
     On a GPU the allocator counts; on a CPU the profiler's allocation events are added up, which
     no other process and no page cache can disturb.
     """
-    if torch.cuda.is_available():
+    if torch.device(device).type == 'cuda':
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

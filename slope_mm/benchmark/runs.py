@@ -58,6 +58,8 @@ def evaluate(args: Namespace, progress: Progress) -> Result:
     built = detectors.build_arms(config, args.arms, args.device)
     first = next(iter(built.values()))[0]
     batch = detectors.make_batch(first, tuple(args.size), args.batch, detectors.classes_of(config))
+    for model, _ in built.values():
+        detectors.calibrate_on(model, batch)
     steps = {arm: detectors.evaluation_step(*pair, batch) for arm, pair in built.items()}
     timings = interleave(steps, args.rounds, progress=progress)
     return timings.rows(args.arms[0], config=args.config, size=_size(args), batch=args.batch), []
@@ -108,7 +110,7 @@ def memory(args: Namespace, progress: Progress) -> Result:
         weights = detectors.parameter_bytes(built[arm][0])
         del built
         (step,) = _steps(alone, config).values()
-        peak = step.standing_bytes() + peak_bytes(step)
+        peak = step.standing_bytes() + peak_bytes(step, args.device)
         baseline = baseline or peak
         rows.append(
             dict(

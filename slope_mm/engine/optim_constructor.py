@@ -62,7 +62,9 @@ class SlopeOptimWrapperConstructor:
             and ``granularity`` (``'layer'``, ``'filter'``).
         base_constructor: The constructor that builds the optimizer; layer-decay ones for instance.
             Defaults to ``'DefaultOptimWrapperConstructor'``.
-        step_lr_mult: Learning rate of the steps relative to the optimizer's. Defaults to 1.
+        step_lr_mult: Learning rate of the steps relative to that which ``paramwise_cfg`` and the
+            base constructor give them: the optimizer's, or that of their layer
+            (``custom_keys=dict(backbone=dict(lr_mult=0.1))``). Defaults to 1.
         step_limit: Largest relative change of a step in one update. Defaults to 0.005.
         compile: Compress through fused kernels (docs/performance.md). On CUDA they are Triton's,
             and used unless this is False. On a CPU torch compiles them ahead of time, once on a
@@ -140,7 +142,8 @@ class SlopeOptimWrapperConstructor:
         }
         if not named:
             return
-        trained = {p for group in optimizer.param_groups for p in group['params']}
+        # A base constructor may leave frozen parameters out; their steps stay out too.
+        rates = {p: float(group['lr']) for group in optimizer.param_groups for p in group['params']}
         groups = []
         for group in optimizer.param_groups:
             others = [i for i, p in enumerate(group['params']) if p not in named]
@@ -150,12 +153,11 @@ class SlopeOptimWrapperConstructor:
             if others:
                 groups.append(group)
         optimizer.param_groups[:] = groups
-        # A base constructor may leave frozen parameters out; their steps stay out too.
-        steps = [p for p in named if p in trained]
-        if not steps:
-            return
-        own = {'params': steps, 'lr': optimizer.defaults['lr'] * self.step_lr_mult}
         # torch takes names in all groups or in none.
-        if any('param_names' in group for group in groups):
-            own['param_names'] = [named[p] for p in steps]
-        optimizer.add_param_group({**own, 'weight_decay': 0.0})
+        has_names = any('param_names' in group for group in groups)
+        for rate in dict.fromkeys(rates[p] for p in named if p in rates):
+            steps = [p for p in named if rates.get(p) == rate]
+            own: dict[str, Any] = {'params': steps, 'lr': rate * self.step_lr_mult}
+            if has_names:
+                own['param_names'] = [named[p] for p in steps]
+            optimizer.add_param_group({**own, 'weight_decay': 0.0})

@@ -62,6 +62,12 @@ def check_compile(compile: object) -> bool | None:
     )
 
 
+_NO_RATIO = (
+    'SlopeMonitorHook(gradients=True) compares gradients that reentrant activation checkpointing'
+    ' (with_cp, activation_checkpointing) does not hand out; leave one of the two out'
+)
+
+
 class Guard(Protocol):
     """Says whether a loss and gradients may be used; may raise instead."""
 
@@ -200,7 +206,17 @@ class RegularizedOptimWrapper(OptimWrapper):
         weights = [p for p in self._model.parameters() if p.requires_grad and p not in steps]
         pulls = torch.autograd.grad(regularization, weights, retain_graph=True, allow_unused=True)
         pulled = [w for w, pull in zip(weights, pulls, strict=True) if pull is not None]
-        tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
+        try:
+            tasks = torch.autograd.grad(loss, pulled, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            # Torch's reentrant checkpoint refuses to be asked for some gradients alone.
+            if 'checkpoint' not in str(error).lower():
+                raise
+            raise ConfigError(_NO_RATIO) from None
+        ran = {id(layer.weight) for layer in self._layers if layer.runs}
+        if any(id(w) in ran for w, task in zip(pulled, tasks, strict=True) if task is None):
+            # It has no graph of what is inside.
+            raise ConfigError(_NO_RATIO)
         return _norm(pulls) / _norm(tasks)
 
     def _begin_step(self, model: nn.Module) -> None:

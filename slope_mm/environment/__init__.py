@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -140,8 +141,8 @@ def _import(name: str) -> None:
 
 
 def _install_command(name: str, error: ImportError) -> str:
-    if 'libGL' in str(error):
-        # OpenCV's usual build draws windows; a server without a display has no library for that.
+    if re.search(r'lib(GL|glib|gthread|xcb|X11|SM|ICE)\b', str(error)):
+        # OpenCV's usual build draws windows; a server without a display has no libraries for that.
         # Same files without the windows, laid over it so that mmcv's requirement stays met.
         version = _version('opencv-python')
         headless = 'opencv-python-headless' + (f'=={version}' if version else '')

@@ -79,4 +79,8 @@ def use_onnx_model(config: Config, folder: str, threads: int | None = None) -> N
     """
     stock = stock_model(model_section(config.to_dict()))
     stock['arch'] = stock.pop('type')
+    # A graph has no weights to average, and cannot be copied for it. A checkpoint of a run with
+    # averages holds the averaged ones.
+    hooks = config.get('custom_hooks') or []
+    config.custom_hooks = [hook for hook in hooks if not str(hook['type']).endswith('EMAHook')]
     config.model = dict(type='slope_mm.OnnxDetector', folder=folder, threads=threads, **stock)

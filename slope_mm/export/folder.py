@@ -145,6 +145,8 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield stage
         stage.chmod(0o755)
+        # Once more: writing and judging may have taken hours.
+        check_target(target)
         _exchange(stage, target)
     except OSError as error:
         raise ExportError(f"'{target}' cannot be written: {error}") from None

@@ -81,6 +81,7 @@ class PartReport:
         tolerance: What they may be.
         operators: Integer and floating-point products in the optimized graph for the CPU.
         where: Of the largest error, by graph, at which input, and what the runtime said of it.
+        noise: How far the detector's own outputs move by rounding; 0 where nobody had to ask.
     """
 
     name: str
@@ -89,6 +90,7 @@ class PartReport:
     tolerance: float
     operators: dict[str, int]
     where: dict[str, str] = field(default_factory=dict)
+    noise: float = 0.0
 
     @property
     def worst(self) -> LayerReport | None:
@@ -159,13 +161,13 @@ def check_part(
         errors[kind], where[kind] = max(_output_error(session, module, x) for x in inputs)
         if kind == 'cpu':
             operators = optimized_operators(content)
-    tolerance = OUTPUT_TOLERANCE
+    tolerance, noise = OUTPUT_TOLERANCE, 0.0
     if any(call.codes is not None for call in calls):
         tolerance = QUANTIZED_TOLERANCE
         if max(errors.values()) > tolerance:
             noise = max(_own_noise(module, x) for x in inputs)
             tolerance = min(max(tolerance, NOISE_FACTOR * noise), LARGEST_TOLERANCE)
-    return PartReport(name, layers, errors, tolerance, operators, where)
+    return PartReport(name, layers, errors, tolerance, operators, where, noise)
 
 
 def refuse(reports: Sequence[PartReport]) -> None:
@@ -185,6 +187,13 @@ def refuse(reports: Sequence[PartReport]) -> None:
             f' {kind} graph differ by {report.errors[kind]:.2g} (allowed: {report.tolerance:g})'
             + (f' {place}' if place else '')
         )
+        if report.layers_pass and NOISE_FACTOR * report.noise > LARGEST_TOLERANCE:
+            raise ExportError(
+                f'{told}, while each of its layers does by itself; but rounding alone moves the'
+                f" detector's own outputs by {report.noise:.2g} here, so that they decide nothing:"
+                ' give larger images, or those that it was trained for (--images). Nothing was'
+                ' written'
+            )
         if worst is None or report.layers_pass:
             raise ExportError(
                 f'{told}, while each of its layers does by itself: what lies between them is not'

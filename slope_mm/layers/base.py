@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slope_mm.errors import TensorError
 from slope_mm.layers.activation import UNCALIBRATED
-from slope_mm.layers.sharing import SharedWeight
+from slope_mm.layers.sharing import SharedWeight, is_recomputed
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.layers.state import SavedState
 from slope_mm.ops import (
@@ -206,9 +206,16 @@ class CompressedLayer(SavedState):
         if self.slope_spec.order == 's_then_q' and self._pattern_now is not None:
             mask = self.slope_mask if self.slope_mask is not None else self.live_mask()
         self.slope_step.copy_(mse_init_step(self.latent_weight(), self._codes, axis, mask))
-        if self._codes.offset == 0:
-            # Weights of zero (many a last layer begins with them) fit any step; beside the smallest
-            # one the first update would clip them all, and nothing could be learned any more.
+        self.give_usual_steps()
+
+    @torch.no_grad()
+    def give_usual_steps(self) -> None:
+        """Gives weights of zero (many a last layer begins with them) a usual step: any fits them.
+
+        Beside the smallest one the first update would clip them all, and nothing could be learned
+        any more. Levels without a zero wait for :meth:`leave_zero`.
+        """
+        if self._codes is not None and self.slope_step is not None and self._codes.offset == 0:
             usual = self._usual_step(self._codes)
             self.slope_step.masked_fill_(self.slope_step <= SMALLEST_STEP, usual)
 
@@ -276,7 +283,9 @@ class CompressedLayer(SavedState):
         # Steps may learn where the weight is frozen.
         trains = weight.requires_grad or (step is not None and step.requires_grad)
         wants_grad = torch.is_grad_enabled() and trains
-        shared = self._shared if self._sharing else None
+        # Outside of the step's scope, in which recomputation takes place, every run compresses.
+        sharing = self._sharing and not (wants_grad and is_recomputed())
+        shared = self._shared if sharing else None
         if shared is not None and shared.serves(wants_grad, sums):
             return shared.outputs(wants_grad)
         sums = sums or (self._sums and wants_grad)
@@ -299,7 +308,7 @@ class CompressedLayer(SavedState):
                 sums=sums,
                 check_finite=finite,
             )
-        if self._sharing:
+        if sharing:
             # A weight that is used once more after all is held from then on.
             let_go = self._let_go and wants_grad and shared is None
             self._shared = SharedWeight(compressed, powers, sums, let_go)

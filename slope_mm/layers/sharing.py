@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from slope_mm.layers.base import CompressedLayer
 
 
+def is_recomputed() -> bool:
+    """Whether what is computed now runs once more in the backward pass (non-reentrant checkpoints).
+
+    Such a part has to save as many tensors then as it does now. Torch 2.1 does not tell.
+    """
+    hooks_of = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    hooks = None if hooks_of is None else hooks_of(True)
+    return hooks is not None and hooks[0].__module__ == 'torch.utils.checkpoint'
+
+
 class SharedWeight:
     """A compressed weight, and what it may be used for.
 

@@ -223,7 +223,8 @@ def backward_pass(
     """
     count = w.shape[0]
     if grad is None:
-        grad = torch.zeros_like(w)
+        # SR-STE's decay comes with the task's gradient.
+        grad, decay = torch.zeros_like(w), 0.0
     grad_powers = torch.zeros_like(powers) if grad_powers is None else grad_powers.contiguous()
     if mask is None and groups is not None:
         mask = forward_pass(w, step, codes, None, groups)[2]

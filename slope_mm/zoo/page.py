@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slope_mm.errors import ConfigError
+from slope_mm.wholefile import write_whole
 
 Result = Mapping[str, Any]
 
@@ -64,7 +65,12 @@ def write_page(folder: Path, results: Mapping[str, Result] | None) -> str:
         ConfigError: If there is nothing to report.
     """
     path = folder / 'zoo.json'
-    content = json.loads(path.read_text()) if path.is_file() else {'results': []}
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {'results': []}
+    except ValueError as error:
+        raise ConfigError(
+            f"'{path}' cannot be read ({error}); restore it, or move it away to begin anew"
+        ) from None
     known = {row['config']: row for row in content['results']}
     if results is not None:
         for name, row in results.items():
@@ -81,8 +87,9 @@ def write_page(folder: Path, results: Mapping[str, Result] | None) -> str:
     if results is not None:
         lines = ',\n'.join(json.dumps(row) for row in rows)
         versions = json.dumps(content['versions'])
-        path.write_text(f'{{"versions": {versions}, "results": [\n{lines}\n]}}\n')
-    (folder / 'zoo.md').write_text(_page(rows, content['versions']))
+        text = f'{{"versions": {versions}, "results": [\n{lines}\n]}}\n'
+        write_whole(path, text.encode())
+    write_whole(folder / 'zoo.md', _page(rows, content['versions']).encode())
     return '\n'.join(summary(rows))
 
 

@@ -101,10 +101,15 @@ def test_paramwise_settings_of_the_weights_survive(detector: nn.Module) -> None:
     conv = detector.backbone.layer1[0].conv1
     weight, step = group_of(wrapper, conv.weight), group_of(wrapper, conv.slope_step)
     assert (weight['lr'], weight['weight_decay']) == (pytest.approx(1e-4), pytest.approx(0.025))
-    assert (step['lr'], step['weight_decay']) == (1e-3, 0.0)
+    # Steps are learned at the rate of their layer.
+    assert (step['lr'], step['weight_decay']) == (pytest.approx(1e-4), 0.0)
     assert group_of(wrapper, conv.slope_act_step) is step
     fc = detector.roi_head.bbox_head.shared_fcs[0]
     assert group_of(wrapper, fc.weight)['lr'] == 1e-3
+    assert group_of(wrapper, fc.slope_step)['lr'] == 1e-3
+    steps = tiny.steps_of(detector)
+    groups = {id(group_of(wrapper, p)) for n, p in detector.named_parameters() if n in steps}
+    assert len(groups) == 2
 
 
 class TinyConvNeXt(nn.Module):
@@ -153,7 +158,8 @@ def test_layer_decay_constructor_can_be_wrapped() -> None:
     for name, p in model.named_parameters():
         group = group_of(wrapper, p)
         if '.slope_' in name:
-            assert (group['lr'], group['weight_decay']) == (1e-3, 0.0)
+            weight = model.get_parameter(f'{name.rpartition(".")[0]}.weight')
+            assert (group['lr'], group['weight_decay']) == (group_of(wrapper, weight)['lr'], 0.0)
         else:
             same = group_of(wanted, stock_parameters[name])
             assert (group['lr'], group['weight_decay']) == (same['lr'], same['weight_decay'])

@@ -51,6 +51,23 @@ def test_steps_begin_with_the_formula(tmp_path: Path) -> None:
         torch.testing.assert_close(seen.steps[f'{name}.slope_step'].flatten(), expected)
 
 
+@pytest.mark.parametrize('method', sorted(STEP_INITS))
+def test_channels_of_zeros_begin_with_a_usual_step(method: str, tmp_path: Path) -> None:
+    class Emptied(FirstSteps):
+        priority = 'VERY_HIGH'
+
+        def before_train(self, runner: Any) -> None:
+            with torch.no_grad():
+                runner.model.mix.weight[1] = 0
+
+    options = dict(train_cfg__max_iters=1)
+    hook = dict(type='slope_mm.SlopeStepInitHook', method=method)
+    model = train_toy(tmp_path, hook, observer=Emptied(), **options).model
+    # Of the size that a layer's weights usually have.
+    step = model.mix.slope_step.detach()
+    assert 0.1 < float(step[1] / step[0]) < 10
+
+
 def test_a_resumed_run_keeps_its_steps(tmp_path: Path) -> None:
     hook = dict(type='slope_mm.SlopeStepInitHook', method='lsq')
     first = train_toy(tmp_path, hook)
@@ -95,6 +112,23 @@ def test_frozen_statistics_stay_and_adapting_ones_do_not(tmp_path: Path) -> None
     assert torch.equal(statistics(frozen)[0], torch.zeros(8))
     assert torch.equal(statistics(frozen)[1], torch.ones(8))
     assert float(statistics(adapting)[0].abs().max()) > 0.01
+
+
+@pytest.mark.parametrize('policy', ['frozen', 'adapting'])
+def test_inputs_are_calibrated_with_norms_as_they_train(policy: str, tmp_path: Path) -> None:
+    modes = []
+
+    class Modes(tiny.Observer):
+        priority = 'VERY_HIGH'
+
+        def before_train(self, runner: Any) -> None:
+            runner.model.norm.register_forward_hook(lambda norm, *_: modes.append(norm.training))
+
+    calibration = dict(type='slope_mm.SlopeCalibrationHook', batches=1)
+    options = dict(observer=Modes(), train_cfg__max_iters=2, model__norm_eval=policy != 'frozen')
+    train_toy(tmp_path, calibration, hook(policy), **options)
+    # Of the calibration and two iterations.
+    assert len(modes) == 3 and set(modes) == {policy == 'adapting'}
 
 
 def test_re_estimated_statistics_are_those_of_the_final_weights(tmp_path: Path) -> None:

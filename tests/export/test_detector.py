@@ -21,7 +21,7 @@ import slope_mm
 from slope_mm import ExportError
 from slope_mm.export import gate, writer
 from slope_mm.export.detector import use_onnx_model
-from slope_mm.export.folder import INDEX, read_index
+from slope_mm.export.folder import INDEX, read_index, staged
 from slope_mm.export.gate import judge_metrics
 from slope_mm.export.images import image_batches
 from slope_mm.export.nodes import FLOAT_OPERATORS
@@ -301,6 +301,19 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(
     with pytest.raises(ExportError, match=r"holds 'results\.pkl' beside an earlier export"):
         export_onnx(mask_rcnn, tmp_path / 'out', batches)
     assert (tmp_path / 'out' / 'results.pkl').read_bytes() == b'hours'
+
+
+@pytest.mark.parametrize('before', ['nothing', 'an empty folder'])
+def test_what_came_into_the_folder_meanwhile_is_not_lost(before: str, tmp_path: Path) -> None:
+    target = tmp_path / 'out'
+    if before != 'nothing':
+        target.mkdir()
+    with pytest.raises(ExportError, match='exists and is no earlier export'), staged(target) as new:
+        (new / INDEX).write_text('{}')
+        target.mkdir(exist_ok=True)
+        (target / 'notes.txt').write_text('hours')
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+    assert (target / 'notes.txt').read_text() == 'hours'
 
 
 def test_the_folder_one_works_in_is_not_replaced(

@@ -90,6 +90,20 @@ def test_weights_compiled(shape: tuple[int, ...], gradient: str) -> None:
     assert_equal_passes(shape, NMPattern(2, 16), codes, 0, **options)
 
 
+def test_the_sums_alone_decay_nothing() -> None:
+    """SR-STE's decay comes with the task's gradient, in the plain passes too."""
+    w = torch.randn(16, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = dict(pattern=NMPattern(2, 4), gradient='sr_ste', decay=0.5)
+    gradients = []
+    for compiled in (False, True):
+        latent, step = w.clone().requires_grad_(), torch.full((16, 1, 1, 1), 0.3)
+        with fused(compiled):
+            _, powers = compress_with_powers(latent, step, weight_codes('lsq', 4), **options)
+        powers[1].sum().backward()
+        gradients.append(latent.grad)
+    torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-5)
+
+
 def uncompiled(name: str, *sizes: int) -> Any:
     """A kernel's code as it is, called as a kernel is: with the inputs it has in one list."""
     example = kernel_code.EXAMPLES[name](*sizes)

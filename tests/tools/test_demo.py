@@ -54,6 +54,24 @@ def test_a_training_whose_checkpoint_is_gone_runs_again(demo: ModuleType, tmp_pa
     assert log.read_text() == 'ran\nran\n'
 
 
+@pytest.mark.parametrize(
+    ('step', 'left'), [('pack arm', 'model.slope'), ('test arm', 'test/20260101/metrics.json')]
+)
+def test_a_step_whose_file_is_gone_runs_again(
+    step: str, left: str, demo: ModuleType, tmp_path: Path
+) -> None:
+    arm, log = arm_of(demo, tmp_path), tmp_path / 'log'
+    file = tmp_path / 'arm' / left
+    for _ in range(2):
+        demo.Steps(tmp_path).run(step, arm, append(log))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('made')
+    assert log.read_text() == 'ran\n'
+    file.unlink()
+    demo.Steps(tmp_path).run(step, arm, append(log))
+    assert log.read_text() == 'ran\nran\n'
+
+
 def test_checkpoints_that_nobody_knows_are_neither_resumed_nor_removed(
     demo: ModuleType, tmp_path: Path
 ) -> None:

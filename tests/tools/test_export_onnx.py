@@ -62,6 +62,8 @@ def test_the_export_scores_what_the_checkpoint_scores(
     told = json.loads((out / 'detector.json').read_text())['facts']['metrics']
     config = Config.fromfile(run.file)
     before, expected = evaluate(config, run.checkpoint, tmp_path / 'torch')
+    # Which copies the model.
+    config.custom_hooks.append(dict(type='EMAHook'))
     after, found = evaluate(config, out, tmp_path / 'onnx', '--backend', 'onnxruntime')
     assert told['checkpoint'] == pytest.approx(before)
     assert told['onnx'] == pytest.approx(after)
@@ -102,7 +104,9 @@ def test_int4_halves_the_portable_graph(slope_run: tiny.Run, tmp_path: Path) -> 
 
 def test_mistakes_end_in_one_line(slope_run: tiny.Run, tmp_path: Path) -> None:
     work = ('--work-dir', tmp_path / 'work')
+    export = ('export', 'onnx', slope_run.file, slope_run.checkpoint, tmp_path / 'out')
     for arguments, part in (
+        ((*export, '--num-images', '0'), '--num-images 0 is no number of images >= 1'),
         (('test', slope_run.file, tmp_path, '--backend', 'onnxruntime', *work), 'there is no'),
         (
             ('test', slope_run.file, slope_run.checkpoint, '--backend', 'semi_structured', *work),

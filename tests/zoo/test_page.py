@@ -47,6 +47,17 @@ FAILED = dict(
 )
 
 
+def test_a_damaged_record_is_named_and_kept(tmp_path: Path) -> None:
+    write_page(tmp_path, {GOOD['config']: GOOD})
+    record = tmp_path / 'zoo.json'
+    record.write_bytes(record.read_bytes()[:-40])
+    before = record.read_bytes()
+    for results in (None, {GOOD['config']: GOOD}):
+        with pytest.raises(ConfigError, match=r'zoo\.json. cannot be read'):
+            write_page(tmp_path, results)
+    assert record.read_bytes() == before
+
+
 def test_the_page_has_a_row_for_what_ran_and_a_reason_for_what_did_not(tmp_path: Path) -> None:
     offsets = {
         **GOOD,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmengine.dist import all_reduce_dict, get_rank, get_world_size
@@ -74,7 +74,11 @@ class SlopeBatchNormHook(Hook):
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Sets the norms' mode: loops and models put it back whenever an epoch begins."""
-        for norm in self._norms:
+        self.set_modes(self._norms)
+
+    def set_modes(self, norms: Iterable[_BatchNorm]) -> None:
+        """Puts norms into the mode that they train in under the policy."""
+        for norm in norms:
             norm.train(self.policy != 'frozen')
 
     def after_train_epoch(self, runner: Any) -> None:

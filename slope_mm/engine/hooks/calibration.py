@@ -16,6 +16,7 @@ from slope_mm.engine.calibration import (
     evenly_spread_batches,
     uncalibrated_layers,
 )
+from slope_mm.engine.hooks.batch_norm import SlopeBatchNormHook, norms_of
 from slope_mm.errors import ConfigError
 
 
@@ -96,6 +97,10 @@ class SlopeCalibrationHook(Hook):
             return
         modes = [(module, module.training) for module in model.modules()]
         model.train()
+        for hook in runner.hooks:
+            if isinstance(hook, SlopeBatchNormHook):
+                # As the training will have them: that hook's turn is the first iteration.
+                hook.set_modes(norms_of(model))
         batches = evenly_spread_batches(loader, self.batches, get_rank(), get_world_size())
         done = calibrate(model, batches)
         for module, mode in modes:

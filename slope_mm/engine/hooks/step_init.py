@@ -52,3 +52,4 @@ class SlopeStepInitHook(Hook):
             # Under q_then_s every weight is quantized before the mask is known.
             mask = layer.mask if layer.slope_spec.order == 's_then_q' else None
             step.copy_(STEP_INITS[self.method](layer.latent_weight(), codes, axis, mask))
+            layer.give_usual_steps()
