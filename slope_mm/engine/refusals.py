@@ -58,7 +58,7 @@ def check_backends(visualizer: Mapping[str, Any] | None) -> None:
         ConfigError: If one is not.
     """
     for backend in (visualizer or {}).get('vis_backends') or ():
-        kind = _name(backend)
+        kind = type_name(backend)
         package = BACKEND_PACKAGES.get(kind)
         if package is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
@@ -104,7 +104,7 @@ def check_sharding(config: Config) -> None:
         ConfigError: If one is named.
     """
     for key in ('model_wrapper_cfg', 'strategy'):
-        kind = _name(config.get(key) or {})
+        kind = type_name(config.get(key) or {})
         if any(part in kind for part in ('FullySharded', 'FSDP', 'DeepSpeed', 'ColossalAI')):
             raise ConfigError(SHARDED.format(kind=kind))
 
@@ -129,7 +129,7 @@ def check_optimizer(optimizer: Any) -> None:
     Raises:
         ConfigError: If it is mmengine's ``ZeroRedundancyOptimizer``.
     """
-    if _name(optimizer) == 'ZeroRedundancyOptimizer':
+    if type_name(optimizer) == 'ZeroRedundancyOptimizer':
         raise ConfigError(
             'optim_wrapper.optimizer: ZeroRedundancyOptimizer deals out parameters among the ranks'
             ' when it is built, and the steps of a SlopeModel get their group after that; name its'
@@ -160,7 +160,8 @@ def check_teacher(hooks: Any, model: nn.Module) -> None:
             )
 
 
-def _name(settings: Any) -> str:
+def type_name(settings: Any) -> str:
+    """The name that settings, or an object, have for their type, without its scope."""
     kind = settings.get('type', '') if isinstance(settings, Mapping) else type(settings)
     kind = kind if isinstance(kind, str) else kind.__name__
     return kind.rsplit('.', 1)[-1]

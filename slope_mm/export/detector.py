@@ -17,6 +17,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from slope_mm.engine.packed import model_section, stock_model
+from slope_mm.engine.refusals import type_name
 from slope_mm.errors import ExportError
 from slope_mm.export.folder import read_index
 from slope_mm.packing.plainconfig import to_plain
@@ -82,5 +83,5 @@ def use_onnx_model(config: Config, folder: str, threads: int | None = None) -> N
     # A graph has no weights to average, and cannot be copied for it. A checkpoint of a run with
     # averages holds the averaged ones.
     hooks = config.get('custom_hooks') or []
-    config.custom_hooks = [hook for hook in hooks if not str(hook['type']).endswith('EMAHook')]
+    config.custom_hooks = [hook for hook in hooks if type_name(hook) != 'EMAHook']
     config.model = dict(type='slope_mm.OnnxDetector', folder=folder, threads=threads, **stock)

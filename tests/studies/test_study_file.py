@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from slope_mm.errors import SlopeError
+from slope_mm.studies.arm_configs import arm_config
 from slope_mm.studies.study import Comparison, Study, Table
 from slope_mm.studies.study_file import parse_study, read_study
-from slope_mm.studies.trials import Site, arm_config, hash_of, plan_trials
+from slope_mm.studies.trials import Site, hash_of, plan_trials
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / 'configs' / 'studies').glob('*.py'))
