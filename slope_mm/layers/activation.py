@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slope_mm.errors import SlopeError
 from slope_mm.layers.spec import LayerSpec
 from slope_mm.ops import Codes, activation_codes, grad_scale, mse_init_step, positive
+from slope_mm.ops.activation_pass import quantize_forward
 from slope_mm.ops.compress import Compress
 from slope_mm.ops.learned_step import QuantizeLSQ
 from slope_mm.ops.tracing import is_compiling
@@ -27,7 +28,11 @@ UNCALIBRATED, UNSIGNED, SIGNED = -1, 0, 1
 
 
 def quantize_activation(
-    x: Tensor, step: Tensor, codes: Codes, batch_axis: int | None = 0
+    x: Tensor,
+    step: Tensor,
+    codes: Codes,
+    batch_axis: int | None = 0,
+    room: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Quantizes a layer's input per tensor.
 
@@ -39,12 +44,15 @@ def quantize_activation(
         step: Learned step of shape [1].
         codes: From :func:`~slope_mm.ops.activation_codes`.
         batch_axis: The axis that samples lie along; None for a single one without that axis.
+        room: Where the result goes, if no gradients are asked for.
 
     Returns:
         Tensor of ``x``'s shape and dtype.
     """
     if torch.jit.is_tracing():
         return _in_plain_operators(x, step, codes)
+    if room is not None and not torch.is_grad_enabled() and not is_compiling():
+        return quantize_forward(x, step, codes, room)
     samples = 1 if batch_axis is None else max(x.shape[batch_axis], 1)
     features = x.numel() / samples
     quantized: Tensor = QuantizeLSQ.apply(x, step, codes, grad_scale(features, codes))
@@ -239,6 +247,7 @@ class QuantizedInput(nn.Module):
     runs: int
     _act_states: list[int]
     _observers: list[ActivationObserver]
+    _room: Callable[[Tensor], Tensor] | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -303,7 +312,16 @@ class QuantizedInput(nn.Module):
             # Past nn.Module's __setattr__, which looks at what each value is.
             self.__dict__['runs'] += 1
 
-    def quantized_input(self, x: Tensor, which: int = 0) -> Tensor:
+    def operand(self, x: Tensor) -> Tensor:
+        """:meth:`quantized_input` for an operator that reads it at once and returns something new.
+
+        Nobody else may see it: outside training the next layer's lies in the same memory.
+        """
+        return self.quantized_input(x, room=self._room)
+
+    def quantized_input(
+        self, x: Tensor, which: int = 0, room: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """An input as the layer sees it.
 
         An uncalibrated layer in training calibrates itself on the input at hand (as LSQ does); in
@@ -313,6 +331,7 @@ class QuantizedInput(nn.Module):
         Args:
             x: The input.
             which: Its number.
+            room: Where the result goes, if it is quantized and no gradients are asked for.
         """
         if type(x) is not Tensor:
             _refuse_tracing(x)
@@ -345,4 +364,4 @@ class QuantizedInput(nn.Module):
         if self.inputs > 1:
             # A copy: calibrating the next input writes to the parameter before the backward pass.
             step = step[which : which + 1].clone()
-        return quantize_activation(x, step, codes, self.batch_axis)
+        return quantize_activation(x, step, codes, self.batch_axis, room)

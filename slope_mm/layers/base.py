@@ -49,6 +49,7 @@ _OWN_ATTRIBUTES = (
     '_many',
     '_shared',
     '_sharing',
+    '_room',
     '_sums',
     '_let_go',
     '_observers',

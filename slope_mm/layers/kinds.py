@@ -36,7 +36,7 @@ class CompressedConv(CompressedLayer):
                 ' efficient_conv_bn_eval scales weights before they could be compressed; remove'
                 ' efficient_conv_bn_eval from the config'
             )
-        x, w = self.quantized_input(input), self.compressed_weight()
+        x, w = self.operand(input), self.compressed_weight()
         with kept_as_recipe(x, w):
             return super()._conv_forward(x, w, bias)  # type: ignore[misc]
 
@@ -46,7 +46,7 @@ class CompressedLinear(CompressedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         layer: nn.Linear = self  # type: ignore[assignment]
-        x, w = self.quantized_input(input), self.compressed_weight()
+        x, w = self.operand(input), self.compressed_weight()
         with kept_as_recipe(x, w):
             return F.linear(x, as_parameter(w, layer.weight), layer.bias)
 
@@ -68,7 +68,7 @@ class CompressedConvTranspose(CompressedLayer):
             2,
             layer.dilation,  # type: ignore[arg-type]
         )
-        x, w = self.quantized_input(input), self.compressed_weight()
+        x, w = self.operand(input), self.compressed_weight()
         with kept_as_recipe(x, w):
             return F.conv_transpose2d(
                 x,

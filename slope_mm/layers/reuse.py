@@ -1,5 +1,8 @@
 """Outside training a compressed weight is computed once and used again while W stays what it is.
 
+The forward's scope also lends the memory that quantized inputs lie in
+(:mod:`slope_mm.layers.room`); training takes both away.
+
 Whether W stayed what it is cannot be told from version counters: an EMA swap writes through
 ``.data``, which they do not see. So the values themselves are looked at, once per forward of the
 whole model.
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_mm.layers.base import CompressedLayer
+from slope_mm.layers.room import InputRoom
 from slope_mm.ops.tracing import is_compiling
 
 _CHUNK = 65536
@@ -58,6 +62,7 @@ class WeightReuse:
         self._seen: Tensor | None = None
         self._kinds: list[Any] = []
         self._open: list[list[CompressedLayer]] = []
+        self._room = InputRoom()
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
@@ -79,6 +84,7 @@ class WeightReuse:
         if getattr(model, 'slope_in_step', False):
             # A training step's scope; modules need not be looked through.
             self._open.append([])
+            self._room.release()
             return
         layers = [m for m in model.modules() if isinstance(m, CompressedLayer) and m.changes_weight]
         # An own scope that is open is that of a forward around this one, which can do without from
@@ -93,6 +99,7 @@ class WeightReuse:
             layers = []
         elif torch.is_grad_enabled():
             self._seen = None
+            self._room.release()
             for layer in layers:
                 layer.end_sharing()
             layers = []
@@ -108,7 +115,7 @@ class WeightReuse:
         same = same and kinds == self._kinds
         self._seen, self._kinds = now, kinds
         for layer in layers:
-            layer.begin_sharing(keep=same)
+            layer.begin_sharing(keep=same, room=self._room)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a forward: other callers compute anew."""
@@ -118,3 +125,6 @@ class WeightReuse:
     def __getstate__(self) -> dict[str, Any]:
         # A copied or loaded model starts without: its weights may be others.
         return {'_seen': None, '_kinds': [], '_open': []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _room=InputRoom())

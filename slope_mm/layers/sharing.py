@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -86,19 +86,28 @@ class SharedWeightScope(nn.Module):
         """Whether a sharing scope is open."""
         return self._sharing
 
-    def begin_sharing(self, sums: bool = True, keep: bool = False, let_go: bool = False) -> None:
+    def begin_sharing(
+        self,
+        sums: bool = True,
+        keep: bool = False,
+        let_go: bool = False,
+        room: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Opens a sharing scope.
 
         Args:
             sums: Whether :meth:`weight_powers` will be asked for in training.
             keep: Go on with what an earlier scope kept; it has to be right still.
             let_go: Whether the weight need not be held between its uses.
+            room: Where inputs are quantized to that the layer's operator alone sees, without
+                gradients (:class:`~slope_mm.layers.room.InputRoom`).
         """
         # Past nn.Module's __setattr__, which looks at what each value is: ten times the price.
         state = self.__dict__
         if not keep:
             state['_shared'] = None
         state['_sharing'], state['_sums'], state['_let_go'] = True, sums, let_go
+        state['_room'] = room
 
     def end_sharing(self, keep: bool = False) -> None:
         """Closes the sharing scope and lets go of the compressed weight and its graph.
@@ -109,7 +118,7 @@ class SharedWeightScope(nn.Module):
         state = self.__dict__
         if not keep:
             state['_shared'] = None
-        state['_sharing'] = False
+        state['_sharing'], state['_room'] = False, None
 
 
 @contextmanager

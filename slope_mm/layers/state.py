@@ -19,6 +19,7 @@ _TRANSIENT: dict[str, Any] = {
     '_many': None,
     '_shared': None,
     '_sharing': False,
+    '_room': None,
     '_observers': [],
 }
 

@@ -6,6 +6,8 @@ values before quantization alone: rounding again is cheaper than keeping what it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,41 +33,41 @@ def _block(x: Tensor) -> int:
     return BLOCK * torch.get_num_threads() if x.device.type == 'cpu' else max(1, x.numel())
 
 
-def _room(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _buffer(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A buffer for one block of values."""
     block = _flat(x)[: _block(x)].unsqueeze(0)
     return Scratch(block, dtype)(name, block)[0]
 
 
-def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+def quantize_forward(
+    x: Tensor, step: Tensor, codes: Codes, room: Callable[[Tensor], Tensor] = torch.empty_like
+) -> Tensor:
     """``(clip(round(x / step - offset), qn, qp) + offset) * step`` with one step.
 
     Args:
         x: Values of any shape and floating dtype.
         step: The step, one element; its magnitude counts.
         codes: The code set.
+        room: Where the result goes: a tensor like the dense one that it is called with.
 
     Returns:
         Tensor of ``x``'s shape and dtype; the arithmetic is fp32 or better.
     """
     x = _dense(x)
+    result = room(x)
     kernels = fused.activation_kernels(x)
     if kernels is not None:
-        return kernels.quantize_forward(x, step, codes)
+        kernels.quantize_forward(x, step, codes, result)
+        return result
     s = positive(step).reshape(1)
-    result = torch.empty_like(x)
-    values, target = _flat(x), _flat(result)
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)
-    scratch = _room('level', x, precision)
-    for start in range(0, x.numel(), size):
-        block = values[start : start + size]
-        level = torch.div(block, s, out=scratch[: block.numel()])
-        _round(level, codes)
-        if target.dtype == precision:
-            torch.mul(level, s, out=target[start : start + size])
-        else:
-            target[start : start + size] = level.mul_(s)
+    scratch = None if x.dtype == precision else _buffer('level', x, precision)
+    for block, target in zip(_flat(x).split(size), _flat(result).split(size), strict=True):
+        level = torch.div(block, s, out=target if scratch is None else scratch[: block.numel()])
+        _round(level, codes).mul_(s)
+        if scratch is not None:
+            target.copy_(level)
     return result
 
 
@@ -108,12 +110,12 @@ def quantize_backward(
     size = _block(x)
     precision = torch.promote_types(x.dtype, s.dtype)
     low, high = codes.qn + codes.offset, codes.qp + codes.offset
-    room = _room('scaled', x, precision)
+    buffer = _buffer('scaled', x, precision)
     hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for start in range(0, x.numel(), size):
         block = values[start : start + size]
-        scaled = room[: block.numel()]
+        scaled = buffer[: block.numel()]
         torch.div(block, s, out=scaled)
         # Outside the clip range the gradient is zero, and zero times infinity has to be zero.
         scaled.clamp_(-_LARGEST, _LARGEST)

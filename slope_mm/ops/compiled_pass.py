@@ -268,13 +268,11 @@ def _one(*name: Any) -> Callable[..., Any]:
     return found[0]
 
 
-def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
-    """:func:`slope_mm.ops.activation_pass.quantize_forward` of a dense tensor."""
-    result = torch.empty_like(x)
+def quantize_forward(x: Tensor, step: Tensor, codes: Codes, result: Tensor) -> None:
+    """:func:`slope_mm.ops.activation_pass.quantize_forward` of a dense tensor into one like it."""
     flat = [t.as_strided((t.numel(),), (1,)) for t in (x, result)]
     s = positive(step).reshape(1)
     _one('activation_forward')([flat[0], s, _scalars(codes), flat[1]])
-    return result
 
 
 def quantize_backward(

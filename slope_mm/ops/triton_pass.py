@@ -71,7 +71,9 @@ def try_out(device: torch.device) -> None:
         RuntimeError: If the kernel computes something else.
     """
     x = torch.tensor([-1.0, 0.3, 0.6, 9.0], device=device)
-    found = quantize_forward(x, x.new_ones(1), Codes(2, -1, 1, 0.0)).tolist()
+    result = torch.empty_like(x)
+    quantize_forward(x, x.new_ones(1), Codes(2, -1, 1, 0.0), result)
+    found = result.tolist()
     if found != [-1.0, 0.0, 1.0, 1.0]:
         raise RuntimeError(f'rounding {x.tolist()} gave {found}')
 
@@ -182,25 +184,21 @@ def backward_pass(
     return grad_w, by_row.reshape(step.shape).to(step.dtype)
 
 
-def quantize_forward(x: Tensor, step: Tensor, codes: Codes) -> Tensor:
+def quantize_forward(x: Tensor, step: Tensor, codes: Codes, result: Tensor) -> None:
     """:func:`slope_mm.ops.activation_pass.quantize_forward` of a dense tensor.
 
     Args:
         x: Values without gaps in memory, fp32, fp16 or bf16.
         step: The learned step as it is, one element.
         codes: The code set.
-
-    Returns:
-        Tensor of ``x``'s shape, strides and dtype.
+        result: What is filled, of ``x``'s shape, strides and dtype.
     """
-    result = torch.empty_like(x)
     count = x.numel()
     if count:
         with _on(x):
             quantize_kernel[(triton.cdiv(count, ACTIVATION_TILE),)](
                 x, step, result, count, TILE=ACTIVATION_TILE, **code_range(codes), **OPTIONS
             )
-    return result
 
 
 def quantize_backward(
