@@ -18,7 +18,10 @@ COPIED = 2**30
 
 
 def kernel_times(
-    arms: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 8
+    arms: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    calls: int = 8,
+    named: tuple[str, ...] = ('',),
 ) -> dict[str, Spread]:
     """Seconds a call in which kernels, copies and fills keep the GPU busy, by its profiler.
 
@@ -28,6 +31,7 @@ def kernel_times(
         arms: Name to what is measured.
         rounds: Measurements of each arm; the arms take turns.
         calls: Calls of a measurement, which is their mean.
+        named: How the names of the kernels begin that count; all by default.
     """
     spans: list[tuple[str, int, int]] = []
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -41,9 +45,11 @@ def kernel_times(
                 torch.cuda.synchronize()
                 spans.append((name, start, time.time_ns()))
     events = sorted(
-        (event.start_ns(), event.duration_ns())
+        (start_ns(event), _duration_ns(event))
         for event in recorded.profiler.kineto_results.events()
-        if event.device_type() == DeviceType.CUDA and not _crosses_the_bus(event.name())
+        if event.device_type() == DeviceType.CUDA
+        and event.name().startswith(named)
+        and not _crosses_the_bus(event.name())
     )
     starts = [start for start, _ in events]
     found: dict[str, list[float]] = {name: [] for name in arms}
@@ -51,6 +57,15 @@ def kernel_times(
         own = events[bisect.bisect_left(starts, start) : bisect.bisect_right(starts, end)]
         found[name].append(1e-9 * sum(duration for _, duration in own) / calls)
     return {name: Spread.of(values) for name, values in found.items()}
+
+
+def start_ns(event: Any) -> int:
+    """When an event of a profiler began; torch 2.1's tell microseconds."""
+    return int(event.start_ns() if hasattr(event, 'start_ns') else 1000 * event.start_us())
+
+
+def _duration_ns(event: Any) -> int:
+    return int(event.duration_ns() if hasattr(event, 'duration_ns') else 1000 * event.duration_us())
 
 
 def _crosses_the_bus(name: str) -> bool:

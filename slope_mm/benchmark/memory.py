@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from slope_mm.benchmark.kernels import start_ns
+
 
 def peak_bytes(step: Callable[[], Any], device: str) -> int:
     """The most bytes of tensors that one call on a device holds at once, above what it began with.
@@ -26,8 +28,8 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         step()
     results = recorded.profiler.kineto_results
     changes = [event for event in results.events() if event.name() == '[memory]']
-    # torch 2.1's events tell microseconds; those of one time stay in their order.
-    changes.sort(key=lambda e: e.start_ns() if hasattr(e, 'start_ns') else e.start_us())
+    # Those of one time stay in their order.
+    changes.sort(key=start_ns)
     held = peak = 0
     for event in changes:
         held += event.nbytes()

@@ -16,6 +16,8 @@ SHAPE = (512, 512, 3, 3)
 # That have to be moved for each weight: W in and its compressed form out; the gradient and W in,
 # and W's gradient out.
 WEIGHT_BYTES = 20
+# Triton's kernels of the weight pass (slope_mm.ops.triton_kernels), as a profiler names them.
+WEIGHT_KERNELS = ('forward_kernel', 'backward_kernel')
 PATTERNS = ('2:4', '1:4', '2:8', '4:8', '2:16')
 
 

@@ -42,6 +42,9 @@ class SemiStructuredForward:
 
     def linear(self, x: Tensor) -> Tensor:
         """Rows ``[n, in]`` to rows ``[n, out]``."""
+        if not len(x):
+            # A head without regions; the kernels take no product of nothing.
+            return x.new_zeros(0, self.matrix.shape[0], dtype=self.dtype)
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -72,16 +75,24 @@ def use_semi_structured(model: nn.Module, dtype: torch.dtype = torch.float16) ->
         Names of the layers.
 
     Raises:
-        ExportError: Without CUDA, if no layer is eligible, or if one computes something else than
-            its dense twin.
+        ExportError: Without CUDA, if no layer is eligible, if torch's kernels refuse one, or if
+            one computes something else than its dense twin.
     """
     if not torch.cuda.is_available():
         raise ExportError(NEEDS_CUDA)
     names = []
     for name, module in model.named_modules():
         if exportable(module) and not semi_structured_obstacle(module, module.weight, dtype):
-            forward = SemiStructuredForward(module, dtype)
-            check_equality(name, forward)
+            try:
+                forward = SemiStructuredForward(module, dtype)
+                check_equality(name, forward)
+            except ExportError:
+                raise
+            except RuntimeError as error:
+                raise ExportError(
+                    f"torch's semi-structured kernels refuse layer '{name}' ({error}); use another"
+                    ' backend, or a torch that was built with them'
+                ) from error
             module.forward = forward
             names.append(name)
     if not names:

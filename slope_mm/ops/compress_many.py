@@ -138,7 +138,7 @@ def _tables(weights: Sequence[Many]) -> list[_Table]:
         shape = triton_pass.shape_of(length, one.groups or DENSE)
         kind = dict(shape, MASKED=one.mask is not None, **triton_pass.code_range(one.codes))
         kind['ALIGNED'] = length % 16 == 0 and one.weight.data_ptr() % 16 == 0
-        key = (*kind.items(), one.gradient)
+        key = (*kind.items(), one.weight.device, one.gradient)
         options[key] = kind
         groups.setdefault(key, []).append(index)
     return [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import slope_mm
 from slope_mm.layers import CompressedLayer, base
+from slope_mm.layers.reuse import _projections_at_once
 
 RECIPE = dict(weight=dict(sparsity='2:4', bits=4), rules=[dict(match='re:.*', weight=dict(bits=4))])
 
@@ -152,6 +153,24 @@ def test_every_change_shows_at_once(model: nn.Module, change: Callable[[nn.Modul
         after = model(x)
     assert not torch.equal(after, before)
     assert torch.equal(after, reference(model, x))
+
+
+@pytest.mark.parametrize('which', range(4))
+@pytest.mark.parametrize('place', [0, 12345, -1])
+def test_the_way_of_gpus_sees_every_change_as_well(which: int, place: int) -> None:
+    """By few calls; small weights may lie beside large ones."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, scales = (20000, 3 * 65536 + 20000, 65536, 80000), (1e-4, 1e3, 1.0, 1e-4)
+    tensors = [
+        torch.randn(size, generator=generator) * scale
+        for size, scale in zip(sizes, scales, strict=True)
+    ]
+    before = torch.cat(_projections_at_once(tensors))
+    assert before.numel() < 65536 * 2
+    assert torch.equal(torch.cat(_projections_at_once(tensors)), before)
+    # By a hundredth of its tensor's scale, as an update would.
+    tensors[which][place] += 0.01 * scales[which]
+    assert not torch.equal(torch.cat(_projections_at_once(tensors)), before)
 
 
 def test_parts_of_a_model_never_see_a_kept_weight(model: nn.Module) -> None:
