@@ -65,14 +65,17 @@ def _parameters_of(*modules: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _pairs_of(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    if isinstance(module, nn.Sequential):
+    # Whose forward it is says in which order parts run: a subclass may have another one.
+    runs = next(kind for kind in type(module).__mro__ if 'forward' in vars(kind))
+    if 'forward' in vars(module):
+        return
+    if runs is nn.Sequential and isinstance(module, nn.Sequential):
         yield from itertools.pairwise(module)
-    elif 'ConvModule' in kinds:
+    elif runs.__name__ == 'ConvModule':
         order = tuple(getattr(module, 'order', ()))
         if order[:2] == ('conv', 'norm') and getattr(module, 'with_norm', False):
             yield module.conv, module.norm  # type: ignore[misc]
-    elif kinds & set(RESNET_PARTS):
+    elif runs.__name__ in RESNET_PARTS:
         for number in ('1', '2', '3'):
             layer = getattr(module, f'conv{number}', None)
             norm = getattr(module, f'norm{number}', None) or getattr(module, f'bn{number}', None)

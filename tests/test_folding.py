@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmdet.models.backbones.resnet import BasicBlock as ResNetBlock
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -128,7 +129,48 @@ class UsedTwice(nn.Module):
         self.fourth[0].weight = self.third[0].weight
 
 
-@pytest.mark.parametrize('kind', [BasicBlock, UsedTwice])
+class OwnOrder(nn.Sequential):
+    """A sequence whose forward is another one."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x).relu())
+
+
+class OwnConvModule(ConvModule):
+    """Another forward under inherited names."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 1, norm_cfg=dict(type='BN'))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).sigmoid())
+
+
+class OwnBasicBlock(ResNetBlock):
+    """The same of a ResNet's block."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.bn1(self.conv1(x).tanh())).tanh())
+
+
+class Patched(nn.Module):
+    """A forward that was put on the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.part.forward = lambda x: self.part[1](self.part[0](x).relu())
+
+
+@pytest.mark.parametrize(
+    'kind', [BasicBlock, UsedTwice, OwnOrder, OwnConvModule, OwnBasicBlock, Patched]
+)
 def test_what_is_seen_elsewhere_or_runs_in_another_order_is_left_alone(
     kind: type[nn.Module],
 ) -> None:

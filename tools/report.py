@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import slope_mm
 from slope_mm.analysis.plan import config_report
 from slope_mm.engine import launch
 from slope_mm.engine.config_options import ConfigOptions
+from slope_mm.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,6 +25,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.csv:
+        check_csv(args.csv, args.config, args.checkpoint)
     config = launch.read_config(args.config, args.cfg_options)
     if args.checkpoint is None:
         result = config_report(config, title=f'Plan of {args.config}')
@@ -38,6 +42,20 @@ def main() -> None:
         )
     if args.csv:
         result.to_csv(args.csv)
+
+
+def check_csv(path: str, *inputs: str | None) -> None:
+    """Refuses to write over what is read, or over a file that is no table.
+
+    Raises:
+        ConfigError: If it would be.
+    """
+    own = any(given and Path(given).resolve() == Path(path).resolve() for given in inputs)
+    if own or (Path(path).exists() and Path(path).suffix != '.csv'):
+        raise ConfigError(
+            f"--csv '{path}' would be written over, and is no table; give another name, that ends"
+            " in '.csv'"
+        )
 
 
 if __name__ == '__main__':

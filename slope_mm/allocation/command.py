@@ -116,6 +116,11 @@ def _quantizes_inputs(recipe: Recipe) -> bool:
 @torch.no_grad()
 def _macs_of_first_image(model: nn.Module, config: Config) -> dict[str, int]:
     """As in studies: the first test image."""
+    if config.get('test_dataloader') is None:
+        raise ConfigError(
+            'the config has no test_dataloader, whose first image says how often layers run; give a'
+            ' config that can be evaluated'
+        )
     check_data(config.get('test_dataloader'), 'test_dataloader')
     dataset = DATASETS.build(config.test_dataloader.dataset)
     loader = Runner.build_dataloader(

@@ -134,6 +134,8 @@ def child_config(stock_path: str, config: Config, recipe: Mapping[str, Any], out
         '# than it was trained with (configs/mask_rcnn_r50_fp32.py: a quarter).\n',
         f'load_from = {config.get("load_from")!r}\n',
     ]
+    if config.get('work_dir') is not None:
+        lines.append(f'# Not that of the dense run.\nwork_dir = {f"work_dirs/{out.stem}"!r}\n')
     return ''.join(lines)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather, get_world_size
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader
 
 from slope_mm.convert import compressed_layers
@@ -26,15 +25,34 @@ def uncalibrated_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     return {n: layer for n, layer in compressed_layers(model).items() if not layer.calibrated}
 
 
+SavedBuffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+
+
+def saved_buffers(model: nn.Module) -> SavedBuffers:
+    """Copies of all buffers but compression's own."""
+    return [
+        (module, key, buffer, buffer.clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and not key.startswith('slope_')
+    ]
+
+
+@torch.no_grad()
+def restore_buffers(saved: SavedBuffers) -> None:
+    """Brings back what :func:`saved_buffers` copied, in the very tensors that it was in."""
+    for module, key, buffer, value in saved:
+        buffer.copy_(value)
+        module._buffers[key] = buffer
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Scope after which norms' statistics and all random states are exactly what they were."""
-    buffers = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        if isinstance(module, _NormBase)
-        for buffer in module.buffers(recurse=False)
-    ]
+    """Scope after which all buffers and random states are exactly what they were.
+
+    Norms' statistics, that is, and what losses and hooks count; not what compression calibrates.
+    """
+    buffers = saved_buffers(model)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
@@ -43,9 +61,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+        restore_buffers(buffers)
 
 
 @contextmanager
@@ -200,6 +216,8 @@ def copied_samples(container: Any) -> Any:
     """A batch whose data samples are copies: heads may write into them. Tensors are shared."""
     if isinstance(container, dict):
         return {key: copied_samples(value) for key, value in container.items()}
+    if isinstance(container, tuple) and hasattr(container, '_fields'):
+        return type(container)(*map(copied_samples, container))
     if isinstance(container, (list, tuple)):
         return type(container)(copied_samples(value) for value in container)
     return container if isinstance(container, (Tensor, str)) else copy.deepcopy(container)

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from slope_mm.engine.calibration import copied_samples, evenly_spread_batches, undisturbed
 from slope_mm.engine.data_files import check_data
-from slope_mm.errors import DataError
+from slope_mm.errors import ConfigError, DataError
 
 
 def calibration_batches(config: Config, batches: int) -> list[Any]:
@@ -29,8 +29,13 @@ def calibration_batches(config: Config, batches: int) -> list[Any]:
         batches: How many, of the dataloader's own batch size.
 
     Raises:
+        ConfigError: Without a train_dataloader.
         DataError: If the training data is not there, or cannot be indexed.
     """
+    if config.get('train_dataloader') is None:
+        raise ConfigError(
+            'the config has no train_dataloader, whose images calibrate; give a config that trains'
+        )
     check_data(config.get('train_dataloader'), 'train_dataloader')
     init_default_scope(config.get('default_scope') or 'mmdet')
     states = random.getstate(), np.random.get_state()

@@ -48,7 +48,7 @@ def refuse_compressed(checkpoint: str) -> None:
     Raises:
         CheckpointError: If it does.
     """
-    if not Path(checkpoint).exists():
+    if not Path(checkpoint).expanduser().exists():
         return
     loaded = load_checkpoint_file(checkpoint)
     state = loaded.get('state_dict', loaded) if isinstance(loaded, Mapping) else {}

@@ -34,7 +34,7 @@ def check_fit(
     prefix = prefix.removeprefix('module.')
     stock = {key: p for key, p in model.named_parameters() if '.slope_' not in f'.{key}'}
     weights = {key: p for key, p in stock.items() if p.dim() > 1}
-    wrong = [key for key, p in weights.items() if not _fits(given.get(prefix + key), p)]
+    wrong = _unfit(model, weights, given, prefix)
     if len(wrong) > (1 - LEAST_SHARE) * len(weights):
         raise CheckpointError(
             f'the checkpoint belongs to another architecture than {type(model).__name__}:'
@@ -45,7 +45,7 @@ def check_fit(
     _check_recipe(model, given, prefix)
     if not complete:
         return
-    wrong = [key for key, p in stock.items() if not _fits(given.get(prefix + key), p)]
+    wrong = _unfit(model, stock, given, prefix)
     if wrong:
         raise CheckpointError(
             f'the checkpoint does not fit {type(model).__name__}: {len(wrong)} of {len(stock)}'
@@ -82,6 +82,15 @@ def _check_recipe(model: nn.Module, given: Mapping[str, Any], prefix: str) -> No
                 ' alone; use the recipe that it was trained with, or start from the dense'
                 ' checkpoint'
             )
+
+
+def _unfit(
+    model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Any], prefix: str
+) -> list[str]:
+    wrong = [key for key, p in own.items() if not _fits(given.get(prefix + key), p)]
+    # A model may leave parts out of its checkpoints (a frozen encoder that it has from elsewhere).
+    saved = model.state_dict().keys() if wrong else ()
+    return [key for key in wrong if key in saved or prefix + key in given]
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:

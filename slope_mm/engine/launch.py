@@ -32,6 +32,7 @@ from slope_mm.convert import compressed_layers
 from slope_mm.engine.checkpoint import BAKED, load_checkpoint_file
 from slope_mm.engine.data_files import check_annotations, check_data
 from slope_mm.engine.fit import check_fit
+from slope_mm.engine.hooks.checkpoint import use_own_checkpoint_hook
 from slope_mm.engine.mixed_precision import has_accelerator
 from slope_mm.engine.model import NO_REGULARIZER
 from slope_mm.engine.optim_constructor import SlopeOptimWrapperConstructor
@@ -172,6 +173,7 @@ def _checkpoint_folder(config: Config) -> str:
 
 def build_runner(config: Config) -> Runner:
     """Builds the runner that the config asks for."""
+    use_own_checkpoint_hook(config)
     if 'runner_type' in config:
         return RUNNERS.build(config)
     return Runner.from_cfg(config)
@@ -181,7 +183,8 @@ def check_before_training(config: Config) -> None:
     """Refuses what would fail later, before anything is written.
 
     Raises:
-        SlopeError: For a work directory that cannot be written, missing data, a model or recipe
+        SlopeError: For a work directory that cannot be written or that holds the checkpoint that
+            the run starts from, missing data, a model or recipe
             that cannot be built, an optim wrapper without a regularizer, or a checkpoint that is
             missing or belongs to another model.
     """
@@ -199,7 +202,19 @@ def check_before_training(config: Config) -> None:
                 ' start from it with --cfg-options load_from=… instead'
             )
         check_checkpoint(model, config.load_from, complete=bool(config.get('resume')))
+        if not config.get('resume'):
+            _check_start_is_kept(config.load_from, config.work_dir)
     check_work_dir(config.work_dir)
+
+
+def _check_start_is_kept(load_from: str, work_dir: str) -> None:
+    start = Path(load_from).expanduser()
+    if start.exists() and start.resolve().parent == Path(work_dir).resolve():
+        raise ConfigError(
+            f"load_from='{load_from}' lies in this run's own work directory '{work_dir}', where it"
+            ' and its neighbours would be written over or removed; choose another one with'
+            ' --work-dir'
+        )
 
 
 def warn_without_start(runner: Runner) -> None:
@@ -325,6 +340,7 @@ def check_checkpoint(model: nn.Module, path: str, *, complete: bool) -> None:
     """
     if '://' in path:
         return
+    path = os.path.expanduser(path)
     if not Path(path).exists():
         raise CheckpointError(
             f"there is no checkpoint '{path}'; give the path of a checkpoint file"

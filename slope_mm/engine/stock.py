@@ -84,7 +84,7 @@ def quantized_inputs(model: nn.Module) -> dict[int, int]:
 
 def is_baked(path: str) -> bool:
     """Whether a local checkpoint was made by :func:`save_stock`."""
-    if not Path(path).is_file():
+    if not Path(path).expanduser().is_file():
         return False
     checkpoint = load_checkpoint_file(path)
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None

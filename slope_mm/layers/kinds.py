@@ -30,6 +30,13 @@ class CompressedConv(CompressedLayer):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # The point where both nn.Conv2d.forward and mmengine's efficient_conv_bn_eval meet.
+        if weight is not self.weight and 'weight' not in self._parameters:
+            # A parametrization computes it at each look.
+            raise SlopeError(
+                'a parametrization (weight_norm, spectral_norm) was registered on the weight of a'
+                ' compressed convolution; register it before the model is converted, which leaves'
+                ' such a layer alone'
+            )
         if weight is not self.weight:
             raise SlopeError(
                 "a compressed convolution was called with a weight other than its own: mmengine's"

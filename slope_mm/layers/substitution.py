@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from slope_mm.layers.activation import kept_as_recipe
 from slope_mm.layers.base import CompressedLayer
+from slope_mm.ops.tracing import is_compiling
+
+# Attributes are the whole process's: who read another thread's would compute with the latent weight
+# when that thread took them back.
+_IN_USE = threading.RLock()
 
 
 def as_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -28,21 +34,22 @@ def with_tensors(*places: tuple[nn.Module, str, Tensor | None]) -> Iterator[None
     """Scope in which attributes of modules read as other tensors.
 
     An instance's own attributes are looked up before its parameters, which therefore stay where
-    they are, for the optimizer as for a state dict.
+    they are, for the optimizer as for a state dict. One thread at a time is in such a scope.
 
     Args:
         *places: Module, name of its parameter, and what it reads as.
     """
-    try:
-        for module, name, tensor in places:
-            stock = module._parameters[name]
-            if tensor is not None and stock is not None:
-                tensor = as_parameter(tensor, stock)
-            module.__dict__[name] = tensor
-        yield
-    finally:
-        for module, name, _ in places:
-            module.__dict__.pop(name, None)
+    with nullcontext() if is_compiling() else _IN_USE:
+        try:
+            for module, name, tensor in places:
+                stock = module._parameters[name]
+                if tensor is not None and stock is not None:
+                    tensor = as_parameter(tensor, stock)
+                module.__dict__[name] = tensor
+            yield
+        finally:
+            for module, name, _ in places:
+                module.__dict__.pop(name, None)
 
 
 class CompressedOperator(CompressedLayer):

@@ -190,9 +190,11 @@ def _check_model(file: PackedFile, model: nn.Module) -> None:
     shapes |= {layer.key: layer.layout.shape for layer in file.layers.values()}
     shapes |= {key: shapes[target] for key, target in file.aliases.items()}
     _refuse(sorted(shapes.keys() - own.keys()), 'the model has no')
-    _refuse(sorted(own.keys() - shapes.keys()), 'the file has no')
+    missing = own.keys() - shapes.keys()
+    # A model may leave parts out of its state dict.
+    _refuse(sorted(missing & model.state_dict().keys() if missing else missing), 'the file has no')
     for key, tensor in own.items():
-        if shapes[key] != tuple(tensor.shape):
+        if key in shapes and shapes[key] != tuple(tensor.shape):
             raise PackedFileError(
                 f"tensor '{key}' has shape {shapes[key]}, and the model's {tuple(tensor.shape)};"
                 ' give the model that was packed'

@@ -326,7 +326,12 @@ def _plain_tensors(
         if parameter.startswith('slope_') and _is_compressed(model, owner):
             continue
         if not isinstance(value, Tensor) or value.dtype not in DTYPE_NAMES:
-            raise PackedFileError(f"'{key}' is no tensor that a packed file can hold")
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise PackedFileError(
+                f"'{key}' is {found}, which a packed file cannot hold: it takes tensors of"
+                f' {", ".join(sorted(DTYPE_NAMES.values()))}; register it with persistent=False, or'
+                ' keep it as one of those'
+            )
         known = first.setdefault(id(value), key)
         if known == key:
             if key not in weights:

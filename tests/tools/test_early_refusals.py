@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from tool_calls import assert_refused, call, contents
 
 from slope_mm import DataError
 from slope_mm.engine import launch
+from slope_mm.engine.calibration_images import calibration_batches
 from slope_mm.engine.data_files import check_data
+from slope_mm.engine.dense_start import refuse_compressed
+from slope_mm.errors import CheckpointError, ConfigError
 
 
 def test_outputs_that_would_never_come_are_refused(slope_run: tiny.Run, tmp_path: Path) -> None:
@@ -71,7 +75,42 @@ def test_no_tool_writes_over_what_it_reads(slope_run: tiny.Run, tmp_path: Path) 
     assert_refused(*call(*calibrate, slope_run.checkpoint, '--force'), ['is the dense start'])
     below_a_file = (*calibrate, config / 'out.pth')
     assert_refused(*call(*below_a_file), ['cannot be written', 'is no folder to write to'])
+    report = ('report', config, slope_run.checkpoint, '--csv')
+    for own in (config, slope_run.checkpoint, Path(__file__)):
+        assert_refused(*call(*report, own), ['would be written over', "ends in '.csv'"])
     assert (config.read_bytes(), Path(slope_run.checkpoint).read_bytes()) == before
+
+
+def test_a_run_does_not_write_over_its_own_start(slope_run: tiny.Run, tmp_path: Path) -> None:
+    start = tmp_path / 'work' / 'epoch_1.pth'
+    start.parent.mkdir()
+    shutil.copy(slope_run.checkpoint, start)
+    before = contents(start.parent)
+    option = ('--cfg-options', f'load_from={start}')
+    for work in (start.parent, tmp_path / 'work/../work'):
+        code, errors = call('train', slope_run.file, '--work-dir', work, *option)
+        assert_refused(code, errors, ["run's own work directory", '--work-dir'])
+    assert contents(start.parent) == before
+
+
+def test_a_home_folder_in_a_checkpoints_path_is_found(
+    slope_run: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HOME', str(tmp_path))
+    shutil.copy(slope_run.checkpoint, tmp_path / 'mine.pth')
+    model = launch.build_model(slope_run.config)
+    launch.check_checkpoint(model, '~/mine.pth', complete=True)
+    with pytest.raises(CheckpointError, match='is of a compressed model already'):
+        refuse_compressed('~/mine.pth')
+    with pytest.raises(CheckpointError, match='there is no checkpoint'):
+        launch.check_checkpoint(model, '~/yours.pth', complete=True)
+
+
+def test_a_config_without_training_data_cannot_calibrate(slope_run: tiny.Run) -> None:
+    config = copy.deepcopy(slope_run.config)
+    config.train_dataloader = None
+    with pytest.raises(ConfigError, match='has no train_dataloader'):
+        calibration_batches(config, 1)
 
 
 def test_configs_that_cannot_be_read_end_in_one_line(slope_run: tiny.Run, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -14,6 +15,18 @@ from slope_mm.engine.finite import check_checkpoint_finite
 from slope_mm.engine.storage import POINTER, latest_checkpoint, not_written
 from slope_mm.errors import StorageError
 from slope_mm.wholefile import remove_partials, write_whole
+
+
+def use_own_checkpoint_hook(config: Config) -> None:
+    """Names the hook where a config has mmengine's class or its path, as lazy configs do.
+
+    The name is that of :class:`SlopeCheckpointHook`.
+    """
+    paths = [f'{CheckpointHook.__module__}.CheckpointHook', 'mmengine.hooks.CheckpointHook']
+    hooks = [*(config.get('default_hooks') or {}).values(), *(config.get('custom_hooks') or ())]
+    for hook in hooks:
+        if isinstance(hook, dict) and hook.get('type') in (CheckpointHook, *paths):
+            hook['type'] = 'CheckpointHook'
 
 
 @HOOKS.register_module(name=['CheckpointHook', 'SlopeCheckpointHook'], force=True)

@@ -11,9 +11,12 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
-from slope_mm.engine.calibration import undisturbed
+from slope_mm.engine.calibration import (
+    restore_buffers,
+    saved_buffers,
+    undisturbed,
+)
 from slope_mm.engine.finite import (
     ActivationTrace,
     check_state_finite,
@@ -107,12 +110,7 @@ class SlopeFiniteHook(Hook):
         model = plain(runner.model)
         self._batch, self._found = data_batch, nonfinite_data(data_batch)
         if self.action == 'skip':
-            self._statistics = [
-                (buffer, buffer.clone())
-                for module in model.modules()
-                if isinstance(module, _NormBase)
-                for buffer in module.buffers(recurse=False)
-            ]
+            self._buffers = saved_buffers(model)
         self._random = torch.get_rng_state(), np.random.get_state()
         interval = self.activation_interval
         if interval and runner.iter % interval == 0:
@@ -191,9 +189,7 @@ class SlopeFiniteHook(Hook):
                 f' between them; {_LOWER}'
             )
         self.skipped += 1
-        with torch.no_grad():
-            for buffer, saved in self._statistics:
-                buffer.copy_(saved)
+        restore_buffers(self._buffers)
         runner.logger.warning(f'SLOPE skips {where}')
 
     def _cause(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -25,6 +26,27 @@ class EpochSeedHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+    _seed: int | None = None
+
+    def before_run(self, runner: Any) -> None:
+        """Remembers the seed that the data loader was built with."""
+        self._seed = runner.seed
+
+    def before_train(self, runner: Any) -> None:
+        """Gives a resumed run's data loader the seed that its checkpoint brought.
+
+        Without a seed in the config mmengine draws one and builds the loader with it before it
+        reads the checkpoint.
+        """
+        if runner.seed == self._seed:
+            return
+        loader = runner.train_dataloader
+        # One of its own, or of all ranks together, stays.
+        if getattr(loader.sampler, 'seed', None) == self._seed:
+            loader.sampler.seed = runner.seed
+        start = loader.worker_init_fn
+        if isinstance(start, functools.partial) and start.keywords.get('seed') == self._seed:
+            loader.worker_init_fn = functools.partial(start, seed=runner.seed)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Seeds with (seed, epoch, rank)."""
