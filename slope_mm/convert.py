@@ -178,7 +178,8 @@ def convert(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> nn.Module:
 
     A layer keeps its identity, its name and its ``weight``; its class becomes a compressed one
     and it gains what the compression learns. Everything is validated first, so that a model whose
-    recipe is refused is left untouched.
+    recipe is refused is left untouched. A warning names parameters that several layers share (the
+    same layer under several names is one layer, and no such case).
 
     Args:
         model: A dense model; mmdet's, or any other.
@@ -199,6 +200,13 @@ def convert(model: nn.Module, recipe: Mapping[str, Any] | Recipe) -> nn.Module:
         )
     start_layers(model, {p.name: p.spec for p in plan(model, recipe) if p.spec is not None})
     WeightReuse.attach(model)
+    for tie in compressed_ties(model):
+        warnings.warn(
+            f"'{tie.keys[0]}' and '{tie.keys[1]}' are one parameter, of which each layer makes a"
+            ' weight of its own: the model trains, but no packed or stock file can hold it. Leave'
+            ' both layers alone (dict(match=..., compress=False)), or untie them before training',
+            stacklevel=2,
+        )
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from mmdet.models.layers import SinePositionalEncoding
 from torch import nn
 
 import slope_mm
-from slope_mm import RecipeError, SlopeError
+from slope_mm import PackedFileError, RecipeError, SlopeError
 from slope_mm.layers import LAYER_KINDS, CompressedLayer
 
 
@@ -147,3 +148,21 @@ def test_a_converted_part_makes_the_whole_refused() -> None:
 def test_a_model_without_weights_is_refused(model: nn.Module) -> None:
     with pytest.raises(RecipeError, match='compresses no layer of this model: it has no weights'):
         slope_mm.convert(model, W4)
+
+
+def test_a_parameter_of_two_layers_is_told_before_training() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    recipe = dict(weight=dict(bits=4), rules=[dict(match='re:.*')])
+    with pytest.warns(UserWarning, match=r"'0.weight' and '2.weight' are one parameter.*untie"):
+        slope_mm.convert(model, recipe)
+    with pytest.raises(PackedFileError, match='are one parameter'):
+        slope_mm.save_packed(model, '/nowhere/model.slope')
+
+
+def test_a_layer_under_two_names_is_no_such_case() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    model.append(model[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        slope_mm.convert(model, dict(weight=dict(bits=4), rules=[dict(match='re:.*')]))

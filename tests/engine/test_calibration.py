@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import slope_mm
 from slope_mm import ConfigError, SlopeCalibrationHook, compressed_layers
-from slope_mm.engine.calibration import uncalibrated_layers
+from slope_mm.engine.calibration import copied_samples, uncalibrated_layers
 from slope_mm.engine.calibration_images import run_losses
 
 MakeConfig = Callable[..., Config]
@@ -201,6 +202,44 @@ def test_statistics_of_instance_norms_are_left_as_found(run: Callable[..., Any])
     run(model, [dict(inputs=3 + torch.randn(2, 8, 6, 6))])
     for key, value in model.norm.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+class Counting(BaseModel):
+    """Counts in buffers what it saw, as some losses do, in place and not; of samples with names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.register_buffer('in_place', torch.zeros(1))
+        self.register_buffer('replaced', torch.zeros(1))
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'loss') -> Any:
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        assert data_samples is None or data_samples.weight > 0
+        return {'loss': self.conv(inputs).mean()}
+
+
+Sample = namedtuple('Sample', ['label', 'weight'])
+
+
+@pytest.mark.parametrize('samples', [None, Sample(3, 0.5)])
+def test_what_a_model_counts_is_left_as_found(samples: Any) -> None:
+    model = slope_mm.convert(Counting(), tiny.TOY_RECIPE)
+    kept = model.in_place, model.replaced
+    slope_mm.calibrate(model, [dict(inputs=torch.randn(2, 8, 6, 6), data_samples=samples)])
+    assert model.conv.calibrated
+    assert (model.in_place, model.replaced) == kept == (0, 0)
+    assert model.in_place is kept[0] and model.replaced is kept[1]
+
+
+def test_samples_with_names_are_copied_as_they_are() -> None:
+    batch = torch.zeros(2), [Sample([3], 0.5)]
+    image, (sample,) = copied_samples(batch)
+    assert image is batch[0]
+    assert (
+        type(sample) is Sample and sample == batch[1][0] and sample.label is not batch[1][0].label
+    )
 
 
 class Modes(Hook):

@@ -42,6 +42,30 @@ def kill_after_first_checkpoint(config_file: Path, work_dir: Path) -> None:
         assert process.wait() == -signal.SIGKILL, (work_dir.parent / 'output.txt').read_text()
 
 
+def test_a_run_without_a_seed_in_its_config_resumes_with_the_one_it_drew(tmp_path: Path) -> None:
+    """mmengine builds the data loader before it reads the checkpoint."""
+
+    def config(work_dir: Path, **options: Any) -> Config:
+        made = tiny.toy_config(work_dir, **options)
+        made.train_cfg = dict(by_epoch=True, max_epochs=3)
+        made.train_dataloader.sampler.shuffle = True
+        made.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)
+        made.log_processor = dict(by_epoch=True, window_size=1)
+        made.custom_hooks = [dict(type='slope_mm.EpochSeedHook')]
+        made.pop('randomness')
+        return made
+
+    whole = tiny.train(config(tmp_path / 'whole'))
+    wanted = tiny.read_losses(tmp_path / 'whole')
+    half = tmp_path / 'whole' / 'epoch_1.pth'
+    again = tiny.train(config(tmp_path / 'again', resume=True, load_from=str(half)))
+    assert again.runner.seed == whole.runner.seed
+    later = [row['loss'] for row in wanted if row['epoch'] > 1]
+    assert [row['loss'] for row in tiny.read_losses(tmp_path / 'again')] == later
+    workers = again.runner.train_dataloader.worker_init_fn
+    assert workers.keywords['seed'] == again.runner.seed
+
+
 def test_killed_and_resumed_equals_uninterrupted(
     tiny_config: MakeConfig, dense_run: tiny.Run, tmp_path: Path
 ) -> None:

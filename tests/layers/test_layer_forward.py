@@ -249,6 +249,13 @@ def test_the_printed_model_says_how_it_is_compressed() -> None:
     assert 'slope=2:4 W4 A4' in repr(compress(nn.Sequential(nn.Linear(8, 4)), W4A4))
 
 
+def test_a_parametrization_of_a_compressed_convolution_is_refused_by_its_name() -> None:
+    layer = slope_mm.convert(nn.Sequential(nn.Conv2d(8, 8, 1)), W4)
+    nn.utils.parametrizations.weight_norm(layer[0])
+    with pytest.raises(SlopeError, match='parametrization.*before the model is converted'):
+        layer(torch.randn(1, 8, 3, 3))
+
+
 def test_efficient_conv_bn_eval_is_refused() -> None:
     """It scales the latent weight before the layer could compress it."""
     module = ConvModule(8, 8, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import slope_mm
 from slope_mm import PackedFileError
 from slope_mm.analysis.size import order0_bits
+from slope_mm.engine.fit import check_fit
 from slope_mm.ops import NMPattern, compress_weight, weight_codes
 from slope_mm.packing import PackedFile, load_packed, packed_state_dict, read_packed, save_packed
 from slope_mm.packing.plainconfig import from_plain
@@ -48,6 +49,48 @@ def file(tmp_path: Path) -> Path:
 def compressed_state(model: nn.Module) -> dict[str, Tensor]:
     """The stock state dict with the compressed weights."""
     return slope_mm.bake(model).state_dict()
+
+
+class Guided(nn.Module):
+    """Leaves a part that it has from elsewhere out of its checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.guide = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self._register_state_dict_hook(leave_out_guide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.guide(x)
+
+
+def leave_out_guide(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(f'{prefix}guide.')]:
+        del state[key]
+
+
+def test_what_a_model_leaves_out_of_its_checkpoints_is_not_asked_for(file: Path) -> None:
+    rules = [dict(match='guide', compress=False), dict(match='conv')]
+    recipe = dict(weight=dict(sparsity='2:4', bits=4), rules=rules)
+    model = slope_mm.convert(Guided(), recipe)
+    state = model.state_dict()
+    assert 'conv.weight' in state and 'guide.weight' not in state
+    check_fit(model, state, complete=True)
+    del state['conv.bias']
+    with pytest.raises(slope_mm.CheckpointError, match="'conv.bias' is missing"):
+        check_fit(model, state, complete=True)
+    save_packed(model, file)
+    other = Guided()
+    other.guide = model.guide
+    x = torch.randn(1, 8, 5, 5)
+    torch.testing.assert_close(load_packed(file, other)(x), model(x))
+
+
+def test_a_buffer_that_no_file_can_hold_is_named(file: Path) -> None:
+    model = trained(W4)
+    model.register_buffer('turn', torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(PackedFileError, match=r"'turn' is torch.complex64.*persistent=False"):
+        save_packed(model, file)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize('coding', CODINGS)

@@ -113,7 +113,9 @@ def test_the_detector_to_compress_is_named_by_the_config(
     start = str(dense_run.checkpoint)
     run('slopeify', str(dense_run.file), '--load-from', start, '-o', str(out), '--force')
     assert 'set load_from' not in capsys.readouterr().out
-    assert Config.fromfile(str(out)).load_from == start
+    # The dense run keeps its folder.
+    assert Config.fromfile(str(dense_run.file)).work_dir == dense_run.config.work_dir
+    assert Config.fromfile(str(out)).work_dir == 'work_dirs/child'
     text = out.read_text()
     arguments = [str(dense_run.file), '-o', str(out), '--force', '--load-from']
     for wrong, word in ((slope_run.checkpoint, 'of a compressed'), ('none.pth', 'no checkpoint')):
