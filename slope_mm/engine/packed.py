@@ -56,11 +56,27 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stock_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model section with the stock type, without recipe and initialisers, all types by name."""
-    stock = {key: value for key, value in model.items() if key not in ('recipe', 'arch')}
-    if 'arch' in model:
-        stock['type'] = model['arch']
-    return by_name(_without_init(stock))
+    """A model section with the stock type, without recipe and initialisers, all types by name.
+
+    So are parts of it that are compressed by themselves (a SlopeModel as a backbone).
+    """
+    return by_name(_without_init(_uncompressed(model, is_whole=True)))
+
+
+def _uncompressed(value: Any, is_whole: bool = False) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_uncompressed(item) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    parts = {key: _uncompressed(item) for key, item in value.items()}
+    kind = parts.get('type', '')
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    # Swin and others have an arch of their own.
+    if is_whole or name.rpartition('.')[2] == 'SlopeModel':
+        parts.pop('recipe', None)
+        if 'arch' in parts:
+            parts['type'] = parts.pop('arch')
+    return parts
 
 
 def _without_init(value: Any) -> Any:

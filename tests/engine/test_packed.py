@@ -26,7 +26,7 @@ import slope_mm
 from slope_mm import PackedFileError
 from slope_mm.engine import launch
 from slope_mm.engine.checkpoint import load_checkpoint_file
-from slope_mm.engine.packed import by_name, stock_config
+from slope_mm.engine.packed import by_name, stock_config, stock_model
 from slope_mm.layers import base
 from slope_mm.packing import read_packed, save_packed
 
@@ -404,3 +404,19 @@ def test_a_checkpoints_name_may_have_dots(tmp_path: Path) -> None:
     tiny.train(config)
     kept = sorted(path.name for path in tmp_path.glob('toy_v0.*'))
     assert kept == ['toy_v0.1', 'toy_v0.1.slope', 'toy_v0.2', 'toy_v0.2.slope']
+
+
+def test_parts_that_are_compressed_by_themselves_become_stock_too() -> None:
+    backbone = dict(type='SwinTransformer', arch='tiny', recipe='none of ours')
+    compressed = dict(
+        type='slope_mm.SlopeModel', recipe=dict(weight=dict(bits=4)), arch='ResNet', depth=18
+    )
+    section = dict(
+        type='MaskRCNN', backbone=backbone, necks=[compressed, dict(type='FPN')], depth=3
+    )
+    assert stock_model(section) == dict(
+        type='MaskRCNN',
+        backbone=backbone,
+        necks=[dict(type='ResNet', depth=18), dict(type='FPN')],
+        depth=3,
+    )
