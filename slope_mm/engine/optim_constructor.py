@@ -94,11 +94,11 @@ class SlopeOptimWrapperConstructor:
             # mmengine's own, which its --amp flag writes, cannot be built without an accelerator.
             cfg.update(type=SlopeAmpOptimWrapper, regularizer=given)
         fused.use_fused(check_compile(cfg.pop('compile', None)))
-        self.step_lr_mult = float(cfg.pop('step_lr_mult', 1.0))
-        if not self.step_lr_mult >= 0:
+        self.step_lr_mult = cfg.pop('step_lr_mult', 1.0)
+        if not isinstance(self.step_lr_mult, (int, float)) or not self.step_lr_mult >= 0:
             raise ConfigError(
-                f'optim_wrapper.step_lr_mult={self.step_lr_mult} is negative; give 0 for fixed'
-                ' steps or a positive factor'
+                f'optim_wrapper.step_lr_mult={self.step_lr_mult!r} is no number >= 0; give 0 for'
+                ' fixed steps or a positive factor'
             )
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
         for key in cfg:

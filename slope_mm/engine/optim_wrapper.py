@@ -43,8 +43,8 @@ def check_step_limit(limit: float) -> float:
     Raises:
         ConfigError: Otherwise.
     """
-    if not 0 < float(limit) < 1:
-        raise ConfigError(f'optim_wrapper.step_limit={limit} is not a share between 0 and 1')
+    if not isinstance(limit, (int, float)) or not 0 < limit < 1:
+        raise ConfigError(f'optim_wrapper.step_limit={limit!r} is not a share between 0 and 1')
     return float(limit)
 
 

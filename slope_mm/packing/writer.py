@@ -379,6 +379,9 @@ def _is_narrow(tensor: Tensor) -> bool:
     """Whether a float tensor holds small integers alone, as the signs that folding leaves."""
     if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
         return False
+    if bool((torch.signbit(tensor) & (tensor == 0)).any()):
+        # An integer zero has no sign.
+        return False
     return torch.equal(tensor.clamp(-128, 127).to(torch.int8).to(tensor.dtype), tensor)
 
 

@@ -17,12 +17,19 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import slope_mm
 from slope_mm import ConfigError, SlopeCalibrationHook, compressed_layers
-from slope_mm.engine.calibration import copied_samples, uncalibrated_layers
+from slope_mm.engine.calibration import (
+    copied_samples,
+    evenly_spread_batches,
+    uncalibrated_layers,
+)
 from slope_mm.engine.calibration_images import run_losses
 
 MakeConfig = Callable[..., Config]
@@ -140,6 +147,35 @@ def test_never_again_on_resume(
     assert not tiny.differing(probe.steps[0], tiny.steps_of(slope_run.model))
     assert 'calibrated the inputs' in tiny.read_log(slope_run.config.work_dir)
     assert 'calibrated the inputs' not in tiny.read_log(tmp_path)
+
+
+def test_a_calibration_that_fails_leaves_nobody_watching(
+    detector: nn.Module, config: Config
+) -> None:
+    batch = tiny.first_batch(config)
+
+    def ending() -> Iterator[Any]:
+        yield batch
+        raise OSError('the disk is gone')
+
+    with pytest.raises(OSError, match='the disk is gone'):
+        slope_mm.calibrate(detector, ending())
+    assert len(uncalibrated_layers(detector)) == 38
+    # A layer that went on watching would neither calibrate itself nor quantize.
+    layer = detector.rpn_head.rpn_conv
+    layer(torch.randn(1, 16, 8, 8))
+    assert layer.calibrated
+
+
+def test_a_loader_with_a_batch_sampler_of_its_own() -> None:
+    data = tiny.ToyImages()
+    sampler = BatchSampler(SequentialSampler(data), 5, drop_last=False)
+    loader = DataLoader(data, batch_sampler=sampler)
+    batches = list(evenly_spread_batches(loader, 2))
+    images = torch.cat([batch['image'] for batch in batches])
+    # Ten of 64.
+    wanted = torch.stack([data[int(6.4 * number)]['image'] for number in range(10)])
+    assert torch.equal(images, wanted)
 
 
 # --- what is not touched -------------------------------------------------------------------------
@@ -305,6 +341,35 @@ def test_the_first_batch_calibrates_without_the_hook(
     # The training step itself saw untouched random states, and BN counted one batch.
     assert entered == [at_first]
     assert detector.backbone.bn1.num_batches_tracked.item() == counted + 1
+
+
+@MODELS.register_module(force=True)
+class WritingNet(BaseModel):
+    """Counts labels up in the batch that it was given, and keeps those that it trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.labels = nn.Conv2d(8, 8, 1), []
+
+    def forward(self, inputs: Tensor, data_samples: Any, mode: str = 'tensor') -> Any:
+        for sample in data_samples:
+            sample.labels += 1
+        if torch.is_grad_enabled():
+            self.labels += [sample.labels.tolist() for sample in data_samples]
+        return {'loss': self.conv(inputs).mean()}
+
+
+def test_what_calibrates_does_not_write_into_the_batch() -> None:
+    init_default_scope('mmengine')
+    model = MODELS.build(
+        dict(type='slope_mm.SlopeModel', arch='WritingNet', recipe=tiny.TOY_RECIPE)
+    )
+    samples = [InstanceData(labels=torch.tensor([3, 5])), InstanceData(labels=torch.tensor([7]))]
+    model.train().train_step(
+        dict(inputs=torch.randn(2, 8, 4, 4), data_samples=samples), still(model)
+    )
+    assert not uncalibrated_layers(model)
+    assert model.labels == [[4, 6], [8]]
 
 
 def test_a_layer_without_input_waits_for_one(detector: nn.Module, config: Config) -> None:

@@ -257,6 +257,14 @@ def test_missing_file(tmp_path: Path) -> None:
         CheckpointLoader.load_checkpoint(str(tmp_path / 'epoch_13.pth'))
 
 
+def test_a_path_in_the_home_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'own.pth').write_bytes(trained.read_bytes())
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert_same(load_checkpoint_file('~/own.pth'), unsafe(trained))
+
+
 def test_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match='is a directory; name the checkpoint file'):
         load_checkpoint_file(tmp_path)
@@ -351,6 +359,16 @@ def test_url(served: tuple[Path, str], trained: Path, marker: Path) -> None:
     with pytest.raises(CheckpointError, match=r'none\.pth could not be downloaded.*404'):
         CheckpointLoader.load_checkpoint(f'{url}/none.pth')
     assert not marker.exists()
+
+
+def test_a_urls_query_is_no_part_of_the_files_name(
+    served: tuple[Path, str], trained: Path, tmp_path: Path
+) -> None:
+    folder, url = served
+    (folder / 'good.pth').write_bytes(trained.read_bytes())
+    kept = tmp_path / 'kept'
+    checkpoint.load_from_http(f'{url}/good.pth?raw=true', model_dir=str(kept))
+    assert [path.name for path in kept.iterdir()] == ['good.pth']
 
 
 def test_openmmlab_names(

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -288,3 +290,80 @@ def test_a_gap_between_mirrored_modules_is_named(config: Config) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SlopeDistillationHook('config.py', 'model.pth', **options)
+
+
+class Regions(nn.Module):
+    """The first so many rows."""
+
+    def forward(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        return x[:count]
+
+
+class Branched(BaseModel):
+    """A batch norm, and two heads of which the second gets some rows, none, or is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+        self.regions = Regions()
+        self.first, self.second = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, inputs: torch.Tensor, count: int | None = 2, mode: str = 'loss') -> Any:
+        x = self.backbone(inputs)
+        if count is not None:
+            self.second(self.regions(x, count))
+        return {'loss': self.first(x).mean()}
+
+
+def branched() -> tuple[Branched, Branched, Distillation]:
+    torch.manual_seed(0)
+    student, teacher = Branched().train(), Branched().train()
+    names = ('backbone', 'regions', 'first', 'second')
+    return student, teacher, Distillation(student, teacher, names, DistillationLoss((), names[2:]))
+
+
+@pytest.mark.parametrize('count', [2, 0, None])
+def test_heads_of_a_teacher_in_evaluation_mode_are_compared(count: int | None) -> None:
+    """A head without a region, or that was not called, adds nothing."""
+    student, teacher, _ = branched()
+    before = copy.deepcopy(teacher.state_dict())
+    x = noise(5, 6)
+    found = student(x, count=count, mode='loss')[LOGITS].item()
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+    linear, norm = student.backbone
+    s = F.batch_norm(linear(x), None, None, norm.weight, norm.bias, training=True)
+    # Running statistics as they were at first.
+    t = teacher.backbone[0](x) / np.sqrt(1 + 1e-5)
+    divergences = []
+    for name, rows in (('first', 5), ('second', count)):
+        if rows:
+            q, p = (
+                torch.distributions.Categorical(logits=getattr(model, name)(y[:rows]) / 2)
+                for model, y in ((student, s), (teacher, t))
+            )
+            divergences.append(4 * torch.distributions.kl_divergence(p, q).mean().item())
+    assert found == pytest.approx(np.mean(divergences), rel=1e-4)
+
+
+def test_a_teacher_rests_where_nothing_is_trained() -> None:
+    student, teacher, distillation = branched()
+    ran: list[bool] = []
+    teacher.backbone.register_forward_hook(lambda *_: ran.append(True))
+    with torch.no_grad():
+        assert LOGITS not in student(noise(5, 6), mode='loss')
+    assert LOGITS not in student(noise(5, 6), mode='predict')
+    assert not ran
+    assert LOGITS in student(noise(5, 6), mode='loss')
+    # As in an evaluation that calls a part of the model alone.
+    student.backbone(noise(5, 6))
+    assert len(ran) == 1
+    distillation.detach()
+
+
+def test_logits_of_which_a_head_does_not_say_the_classes_stay_as_they_are() -> None:
+    logits = noise(2, 10, 3, 3)
+    for classes in (None, 0, 4):
+        head = nn.Module()
+        head.cls_out_channels = classes
+        assert by_class(logits, head) is logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 import slope_mm
 from slope_mm import ConfigError, TensorError
 from slope_mm.engine import SlopeFiniteHook
 from slope_mm.engine.checkpoint import load_checkpoint_file
+from slope_mm.engine.finite import check_state_finite, listed, nonfinite, nonfinite_data
 from slope_mm.engine.optim_wrapper import RegularizedOptimWrapper
 
 NAN, INF = float('nan'), float('inf')
@@ -254,6 +259,21 @@ def test_an_accumulated_update_is_dropped_as_a_whole(bad: int, tmp_path: Path) -
         assert not tiny.differing(seen.states[iteration - 1], seen.states[iteration])
 
 
+def test_of_a_dropped_update_nothing_is_left_for_the_next(tmp_path: Path) -> None:
+    """Whichever of its two iterations was bad."""
+    ends = []
+    for bad in (4, 6):
+        seen = States()
+        config = config_of(tmp_path / str(bad), (bad,), hook__action='skip')
+        config.train_dataloader.batch_size, config.train_cfg.max_iters = 2, 6
+        config.optim_wrapper.accumulative_counts = 2
+        tiny.train(config, seen)
+        assert not tiny.differing(seen.states[1], seen.states[3])
+        assert tiny.differing(seen.states[3], seen.states[5])
+        ends.append(seen.states[5])
+    assert not tiny.differing(*ends)
+
+
 class NanGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -295,6 +315,15 @@ def test_so_many_in_a_row_end_the_training(tmp_path: Path) -> None:
     with pytest.raises(TensorError, match='iteration 4 .* 2 iterations were skipped'):
         tiny.train(config_of(tmp_path / 'a', spoilt, hook__action='skip', hook__max_skips=2))
     tiny.train(config_of(tmp_path / 'b', spoilt, hook__action='skip', hook__max_skips=3))
+
+
+def test_skips_with_updates_between_them_never_end_the_training(tmp_path: Path) -> None:
+    config = config_of(tmp_path, (1, 9, 17), hook__action='skip', hook__max_skips=1)
+    config.train_cfg.max_iters = 6
+    run = tiny.train(config)
+    hook = next(hook for hook in run.runner.hooks if isinstance(hook, SlopeFiniteHook))
+    assert run.runner.iter == 6
+    assert hook.skipped == 3
 
 
 @pytest.mark.skipif(
@@ -407,3 +436,37 @@ def test_no_range_is_learned_from_nan(value: float) -> None:
     model(x)
     assert layer.calibrated
     assert float(layer.slope_act_step.detach()) > 0
+
+
+# --- what is looked at ---------------------------------------------------------------------------
+
+
+def test_sums_that_overflow_are_no_infinity() -> None:
+    named = [('large', torch.full((8,), 3e38)), ('none', None), ('empty', torch.zeros(0))]
+    assert nonfinite(named) == []
+    named += [('infinite', torch.tensor([0.0, INF])), ('both', torch.tensor([INF, -INF]))]
+    assert nonfinite(named) == ['infinite', 'both']
+
+
+def test_a_list_names_three_and_counts_the_rest() -> None:
+    assert listed(list('abc')) == 'a, b, c'
+    assert listed(list('abcde')) == 'a, b, c and 2 more'
+
+
+def test_a_wrapped_models_state_is_looked_at() -> None:
+    model = torch.nn.Linear(2, 2)
+    state = {f'module.{name}': value.clone() for name, value in model.state_dict().items()}
+    check_state_finite(model, state, 'it', '')
+    state['module.bias'][1] = NAN
+    with pytest.raises(TensorError, match='it holds NaN or infinity in bias;'):
+        check_state_finite(model, state, 'it', '')
+
+
+def test_boxes_of_data_samples_are_looked_at() -> None:
+    sample = DetDataSample(metainfo=dict(img_path='a.jpg'))
+    sample.gt_instances = InstanceData(bboxes=HorizontalBoxes(torch.zeros(2, 4)))
+    batch = dict(inputs=[torch.zeros(3, 2, 2)], data_samples=[sample])
+    assert nonfinite_data(batch) is None
+    sample.gt_instances.bboxes.tensor[1, 2] = INF
+    message = r'data_samples\[0\]\.gt_instances\.bboxes \(a\.jpg\)'
+    assert re.search(message, nonfinite_data(batch))

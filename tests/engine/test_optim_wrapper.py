@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from wrapper_cases import (
     CONSTRUCTOR,
     SGD,
+    calibrated_toy,
     gradients_at_step,
     l_reg_by_hand,
     toy_batch,
@@ -74,6 +75,13 @@ def test_one_weight_for_all_pyramid_levels_and_gone_afterwards(
     assert not torch.equal(before, conv.compressed_weight())
 
 
+def test_nothing_of_a_step_holds_its_graph(toy: nn.Module) -> None:
+    wrapper = wrapper_of(toy)
+    toy.train_step(toy_batch(0, 4), wrapper)
+    assert wrapper.last_regularization is not None
+    assert wrapper.last_regularization.grad_fn is None
+
+
 def test_a_step_that_fails_leaves_nothing_behind(detector: nn.Module, batch: Any) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError('too many proposals')
@@ -101,6 +109,27 @@ def test_decay_is_scaled_as_the_losses_of_the_last_update_too(toy: nn.Module) ->
     for _ in range(5):
         toy.train_step(toy_batch(0, 4), wrapper)
     assert factors[::2] == [0.5] * 4 + [1.0]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.amp, 'GradScaler'), reason='needs torch 2.3, whose loss scaler knows CPUs'
+)
+def test_decay_follows_the_scale_of_the_losses() -> None:
+    """The decay of pruned weights is no part of the loss, whose gradient a loss scaler enlarges."""
+    toy = calibrated_toy(recipe=dict(tiny.TOY_RECIPE, gradient='sr_ste'))
+    gradients = []
+    for scale in (1.0, 1024.0):
+        wrapper = wrapper_of(toy)
+        wrapper.loss_scaler = torch.amp.GradScaler('cpu', init_scale=scale)
+        with wrapper.optim_context(toy):
+            data = toy.data_preprocessor(toy_batch(0, 4), True)
+            loss, _ = toy.parse_losses(toy._run_forward(data, mode='loss'))
+        toy.zero_grad()
+        (scale * loss).backward()
+        gradients.append(toy.twice.weight.grad / scale)
+    decay = 2e-4 * toy.twice.weight.detach() * ~toy.twice.mask
+    assert decay.norm() > 1e-4
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * decay.norm()
 
 
 # --- mixed precision -----------------------------------------------------------------------------
@@ -200,10 +229,12 @@ def test_bad_regularizers(
 
 
 def test_bad_settings_of_the_steps(toy: nn.Module) -> None:
-    with pytest.raises(ConfigError, match='step_lr_mult=-1.0 is negative'):
+    with pytest.raises(ConfigError, match='step_lr_mult=-1 is no number >= 0'):
         wrapper_of(toy, step_lr_mult=-1)
     with pytest.raises(ConfigError, match='step_limit=1.0 is not a share'):
         wrapper_of(toy, step_limit=1.0)
+    with pytest.raises(ConfigError, match="step_limit='half' is not a share"):
+        wrapper_of(toy, step_limit='half')
     with pytest.raises(ConfigError, match="compile='no' is neither True nor False"):
         wrapper_of(toy, compile='no')
 

@@ -154,3 +154,19 @@ def test_layers_that_did_not_run_add_nothing() -> None:
     # It still counts in n, so that lambda means the same on every rank and in every step.
     ran = terms['first'] + terms['twice'] + terms['mix']
     assert float(wrapper.last_regularization) == pytest.approx(2 * ran / 4, rel=1e-5)
+
+
+def test_a_layer_that_ran_in_an_earlier_step_adds_nothing() -> None:
+    toy = calibrated_toy(spare=True)
+    wrapper = wrapper_of(toy)
+    with wrapper.optim_context(toy):
+        loss = toy.spare(torch.ones(1, 8, 2, 2)).square().mean()
+    wrapper.update_params(loss)
+    with torch.no_grad():
+        layers = compressed_layers(toy)
+        ran = sum(
+            float(ByHand(layers[name], False).terms('cosine', 'layer'))
+            for name in ('first', 'twice', 'mix')
+        )
+    toy.train_step(toy_batch(0, 4), wrapper)
+    assert float(wrapper.last_regularization) == pytest.approx(2 * ran / 4, rel=1e-5)

@@ -279,3 +279,21 @@ def test_a_step_that_crossed_zero_is_folded_and_kept_within_the_limit() -> None:
             loss = model(torch.randn(8, 16)).square().mean()
         wrapper.update_params(loss)
     torch.testing.assert_close(model[0].slope_step.detach(), before)
+
+
+# The update makes the smallest step a little smaller, or larger.
+@pytest.mark.parametrize('sign', [1, -1])
+def test_weights_of_zero_get_a_usual_step_when_they_move(sign: int) -> None:
+    """Odd levels have no zero: beside the smallest step all that is learned would be clipped."""
+    recipe = dict(weight=dict(bits=4, codes='odd'))
+    model = slope_mm.convert(nn.Sequential(nn.Linear(16, 4)), recipe)
+    nn.init.zeros_(model[0].weight)
+    wrapper = build_optim_wrapper(
+        model, dict(constructor=CONSTRUCTOR, optimizer=SGD, regularizer=dict(type='none'))
+    )
+    with wrapper.optim_context(model):
+        loss = sign * model(torch.ones(8, 16)).sum()
+    wrapper.update_params(loss)
+    # That of weights of variance 1 / 16, whose largest level is 7.5 steps.
+    wanted = torch.full((4, 1), 1 / (4 * 7.5))
+    torch.testing.assert_close(model[0].slope_step.detach(), wanted)

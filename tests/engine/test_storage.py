@@ -336,3 +336,23 @@ def test_a_compressed_model_with_nan_is_not_saved(name: str, value: float, tmp_p
         tiny.train(config, spoil)
     assert {path.name for path in tmp_path.glob('*.pth')} == {'iter_1.pth'}
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'iter_1.pth')
+
+
+def test_an_average_beside_a_model_with_nan_is_not_saved_either(tmp_path: Path) -> None:
+    """EMAHook saves the average as the model, and the model under another key."""
+
+    class Spoil(tiny.Observer):
+        # After the average took its share.
+        priority = 'LOW'
+
+        def after_train_iter(self, runner: Any, batch_idx: int, **rest: Any) -> None:
+            if runner.iter == 1:
+                runner.model.first.weight.data.view(-1)[1] = float('nan')
+
+    config = tiny.toy_config(
+        tmp_path, train_cfg__max_iters=3, default_hooks__checkpoint__interval=1
+    )
+    config.custom_hooks = [dict(type='EMAHook')]
+    with pytest.raises(TensorError, match=r'ema_state_dict of iteration 2 .* first\.weight'):
+        tiny.train(config, Spoil())
+    assert {path.name for path in tmp_path.glob('*.pth')} == {'iter_1.pth'}

@@ -144,6 +144,19 @@ def test_a_mask_follows_the_weight_unless_held() -> None:
     assert torch.equal(layer.mask, before)
 
 
+def test_first_steps_are_those_of_the_mask_that_is_held() -> None:
+    layer = compress(nn.Linear(8, 4))
+    layer.hold_mask()
+    held = layer.mask.clone()
+    with torch.no_grad():
+        # What was pruned is the largest by now.
+        layer.weight.mul_(torch.where(held, 1.0, 10.0))
+    assert not torch.equal(layer.live_mask(), held)
+    layer.initialise_step()
+    wanted = mse_init_step(layer.weight, weight_codes('lsq', 4), 0, held)
+    torch.testing.assert_close(layer.slope_step.detach(), wanted)
+
+
 def test_a_ramp_uses_its_own_pattern_for_a_while() -> None:
     layer = compress(nn.Linear(8, 4), dict(weight=dict(sparsity='1:4')))
     for pattern, kept in ((None, 32), (NMPattern(3, 4), 24), (NMPattern(1, 4), 8)):
@@ -371,3 +384,36 @@ def test_a_layer_of_zeros_learns(codes: str) -> None:
         layer.leave_zero()
         losses.append(float(loss))
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ('make', 'fan_in'),
+    [
+        (lambda: nn.Conv2d(8, 6, 3), 72),
+        (lambda: nn.Linear(8, 6), 8),
+        (lambda: nn.ConvTranspose2d(8, 6, 2), 32),
+    ],
+    ids=['conv', 'linear', 'transposed conv'],
+)
+def test_a_usual_step_is_that_of_a_usual_initialisation(
+    make: Callable[[], nn.Module], fan_in: int
+) -> None:
+    """The largest level is the standard deviation of weights that keep their input's variance."""
+    stock = make()
+    nn.init.zeros_(stock.weight)
+    layer = compress(stock, DENSE_W4)
+    step = layer.step.detach()
+    torch.testing.assert_close(7 * step, torch.full_like(step, fan_in**-0.5))
+
+
+def test_a_step_that_does_not_learn_is_left_asleep() -> None:
+    layer = compress(nn.Linear(16, 4), dict(weight=dict(bits=4, codes='odd')))
+    nn.init.zeros_(layer.weight)
+    before = layer.step.detach().clone()
+    layer.slope_step.requires_grad_(False)
+    nn.init.ones_(layer.weight)
+    layer.leave_zero()
+    assert torch.equal(layer.slope_step, before)
+    layer.slope_step.requires_grad_(True)
+    layer.leave_zero()
+    assert not torch.equal(layer.slope_step, before)

@@ -128,6 +128,40 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_a_scope_notices_that_a_mask_is_let_go() -> None:
+    layer = compress(nn.Linear(8, 8))
+    layer.hold_mask()
+    held = layer.mask
+    with torch.no_grad():
+        layer.weight.mul_(torch.where(held, 1.0, 10.0))
+    with layer.shared():
+        before = layer.compressed_weight()
+        assert not before[~held].any()
+        layer.release_mask()
+        after = layer.compressed_weight()
+    assert not torch.equal(before, after)
+    assert torch.equal(after, compress_slowly(layer))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_a_layer_that_is_recomputed_in_two_places(use_reentrant: bool) -> None:
+    """Without quantized inputs, whose values would be saved before the weight's."""
+    if not (use_reentrant or hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks')):
+        pytest.skip('torch 2.1 does not tell that it will recompute')
+    model = compress(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+    x = torch.randn(2, 8, requires_grad=True)
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        with shared_weights(slope_mm.compressed_layers(model).values()):
+            y = x
+            for part in (model, model[2]):
+                y = checkpoint(part, y, use_reentrant=use_reentrant) if checkpointed else part(y)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_steps_of_a_frozen_weight_learn_from_all_uses() -> None:
     layer = compress(nn.Linear(8, 8))
     layer.weight.requires_grad_(False)

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from regularizer_formulas import reference
 from torch import Tensor, nn
 
@@ -80,6 +81,19 @@ def test_the_models_gradient_holds_the_compressed_weight_constant(
         assert layer.weight.grad is not None and latent.grad is not None
         torch.testing.assert_close(layer.weight.grad.double(), latent.grad, rtol=1e-3, atol=1e-7)
         assert layer.slope_step is not None and layer.slope_step.grad is not None
+
+
+@pytest.mark.parametrize('name', ['cosine', 'l2'])
+def test_standardized_weights_are_compared_after_standardization(name: str) -> None:
+    torch.manual_seed(0)
+    model = slope_mm.convert(nn.Sequential(ConvWS2d(8, 4, 3)), RECIPE)
+    weight = model[0].weight.detach()
+    deviation, mean = torch.std_mean(weight, (1, 2, 3), keepdim=True)
+    latent = (weight - mean) / (deviation + 1e-5)
+    wanted = reference(name, latent, model[0].compressed_weight().detach(), 'layer', 0)
+    for gradient in ('exact', 'ste'):
+        found = slope_mm.regularization(model, name, gradient=gradient)
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_the_gradient_is_a_finite_difference_of_the_whole_computation() -> None:

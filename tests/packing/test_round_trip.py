@@ -85,6 +85,17 @@ def test_what_a_model_leaves_out_of_its_checkpoints_is_not_asked_for(file: Path)
     torch.testing.assert_close(load_packed(file, other)(x), model(x))
 
 
+@pytest.mark.parametrize('values', [[-0.0, 1, 2, 3], [-0.0, -0.0, -0.0, -0.0], [0, -0.0, 0, 0]])
+def test_zeros_keep_their_sign(values: list[float], file: Path) -> None:
+    model = trained(W4)
+    model.register_buffer('shift', torch.tensor(values))
+    save_packed(model, file)
+    other = Net()
+    other.register_buffer('shift', torch.ones(4))
+    found = load_packed(file, other).shift
+    assert found.view(torch.int32).tolist() == torch.tensor(values).view(torch.int32).tolist()
+
+
 def test_a_buffer_that_no_file_can_hold_is_named(file: Path) -> None:
     model = trained(W4)
     model.register_buffer('turn', torch.ones(2, dtype=torch.complex64))
