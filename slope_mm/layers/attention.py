@@ -12,7 +12,7 @@ from slope_mm.layers.activation import kept_as_recipe
 from slope_mm.layers.base import CompressedLayer
 from slope_mm.layers.composite import BareWeight, Composite, Projection, ThreeInputs
 from slope_mm.layers.fake_quantize import AttentionFakeQuantize, FakeQuantizer
-from slope_mm.layers.substitution import with_tensors
+from slope_mm.layers.substitution import alone, with_tensors
 
 Place = tuple[nn.Module, str, Tensor | None]
 
@@ -39,6 +39,12 @@ class CompressedAttention(Composite):
         }
 
     def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        with alone():
+            return self._compressed_forward(query, key, value, *args, **kwargs)
+
+    def _compressed_forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         places: list[Place] = []

@@ -16,7 +16,7 @@ from slope_mm.layers.base import CompressedLayer
 from slope_mm.layers.composite import Composite
 from slope_mm.layers.fake_quantize import FakeQuantizer, StockFakeQuantize
 from slope_mm.layers.kinds import register, register_composites
-from slope_mm.layers.substitution import CompressedOperator, with_tensors
+from slope_mm.layers.substitution import CompressedOperator, alone, with_tensors
 
 
 class SlopeNormedLinear(CompressedOperator, NormedLinear):
@@ -38,10 +38,11 @@ class CompressedTrident(CompressedLayer):
     """The forward of compressed convolutions with three dilations: one weight, one input step."""
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        quantized = [self.quantized_input(x) for x in inputs]
-        weight = self.compressed_weight()
-        with kept_as_recipe(*quantized), with_tensors((self, 'weight', weight)):
-            return super().forward(quantized)
+        with alone():
+            quantized = [self.quantized_input(x) for x in inputs]
+            weight = self.compressed_weight()
+            with kept_as_recipe(*quantized), with_tensors((self, 'weight', weight)):
+                return super().forward(quantized)
 
 
 class SlopeTridentConv(CompressedTrident, TridentConv):
@@ -96,9 +97,10 @@ class CompressedTaskDecomposition(Composite):
             return super().forward(feat, avg_feat)
         if avg_feat is None:
             avg_feat = F.adaptive_avg_pool2d(feat, (1, 1))
-        x, w = conv.quantized_input(feat), conv.compressed_weight()
-        with kept_as_recipe(x), with_tensors((conv, 'weight', w)):
-            return super().forward(x, avg_feat)
+        with alone():
+            x, w = conv.quantized_input(feat), conv.compressed_weight()
+            with kept_as_recipe(x), with_tensors((conv, 'weight', w)):
+                return super().forward(x, avg_feat)
 
 
 class SlopeTaskDecomposition(CompressedTaskDecomposition, TaskDecomposition):

@@ -83,5 +83,5 @@ def test_a_model_serves_several_threads_as_it_serves_one() -> None:
 
     expected = [answer(index) for index in range(8)]
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(answer, range(400)))
+        found = list(threads.map(answer, range(1200)))
     assert all(torch.equal(result, expected[i % 8]) for i, result in enumerate(found))
