@@ -66,15 +66,16 @@ from slope_mm.benchmark.interleave import keep_pages
 kept = keep_pages()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(3 << 20)
+    blocks = [torch.ones(3 << 20) for _ in range(4)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(int(kept), min(faults() for _ in range(5)))
+# The system may do something else in between, now and then.
+print(int(kept), min(faults() for _ in range(60)))
 """
 
 
 def test_freed_memory_is_kept_where_the_c_library_knows_how() -> None:
-    """By the system's own count: 12 MiB on fresh pages of 4 KiB would be 3,072 faults."""
+    """By the system's own count: four times 12 MiB on fresh pages of 4 KiB are 12,288 faults."""
     done = subprocess.run([sys.executable, '-c', PAGES], capture_output=True, text=True, check=True)
     # Packages may have something to say while they are imported.
     kept, faults = map(int, done.stdout.splitlines()[-1].split())
